@@ -1,0 +1,250 @@
+"""Events -> MemoryEstimate: the peaks, where they are, and what is alive at the highest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vramplan.planner import blocks, units
+from vramplan.planner.allocator import Allocator
+from vramplan.planner.device import device
+from vramplan.planner.parameters import is_quantised
+from vramplan.planner.run import Run, alive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vramplan.planner.catalog import Gpu
+    from vramplan.planner.device import Device
+    from vramplan.planner.layers import Architecture
+    from vramplan.planner.parameters import ParameterCounts
+    from vramplan.planner.run import Program, Stretch
+    from vramplan.planner.stack import Stack
+    from vramplan.planner.training import TrainingOptions
+
+STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
+
+# The rows of a breakdown in their order, each with what it stands on.
+SOURCES = {
+    "weights": "the config's tensors, in the dtype they are held in (transformers, from_pretrained)",
+    "weights, 4 bit": "bitsandbytes, functional.quantize_4bit: NF4, one absmax for 64 weights",
+    "adapter": "PEFT, tuners/lora/layer.py: A and B, float32",
+    "gradients": "torch, AccumulateGrad: one for each trained weight, in its dtype",
+    "optimizer states": "the optimizer's step (torch.optim, bitsandbytes.optim, transformers.Adafactor)",
+    "saved activations": "torch.autograd: what the ops played so far have saved for backward",
+    "logits and loss": "transformers, loss/loss_utils.py: ForCausalLMLoss on float32 logits",
+    "temporary buffers": "the op that runs at the peak, and locals of the code around it",
+    "batch": "the Trainer's inputs: token ids, mask and labels, int64",
+    "cuBLAS workspace": "torch, aten/src/ATen/cuda/CublasHandlePool.cpp: one for each thread",
+    "block rounding": "torch, CUDACachingAllocator: blocks are multiples of 512 B, tails up to 1 MiB stay with them",
+}
+
+
+# what the head and the loss make (around.py)
+LOGITS = frozenset(
+    (
+        "logits", "logits, float32", "logits, scaled", "logits, capped", "logits, divided by the cap",
+        "logits, float32 copy of the outputs", "log-probabilities", "gradient of log-probabilities",
+        "gradient of the logits, float32", "gradient of the logits", "labels, padded",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One row of the breakdown at the peak: what it is, its bytes, how they come about, and where that is from."""
+
+    name: str
+    bytes: int
+    formula: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What a run needs on one GPU, in bytes; `components` are alive at the peak and sum to it exactly.
+
+    `paged_bytes` are optimizer states in managed memory, which the driver moves off the GPU when room is short: they
+    are in none of the other figures.
+    """
+
+    components: tuple[Component, ...]
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    context_bytes: int
+    peak_phase: str
+    loaded_bytes: int
+    ready_bytes: int
+    paged_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def device_bytes(self) -> int:
+        """What the device must have free for this process: reserved memory and the CUDA context."""
+        return self.peak_reserved_bytes + self.context_bytes
+
+
+def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
+    """What the ops depend on, from what the user asked for and the GPU."""
+    autocast = None if options.mixed_precision == "no" else options.mixed_precision
+    return blocks.Settings(
+        batch=options.batch_size,
+        seq=options.seq_len,
+        method=options.method,
+        weights_dtype=options.weights_dtype,
+        autocast=autocast,
+        compute_dtype=autocast or options.weights_dtype,
+        adapter_dtype="fp32",
+        rank=options.rank,
+        lora_dropout=options.lora_dropout,
+        double_quant=options.double_quant,
+        prepare_kbit=options.prepare_kbit,
+        checkpointing=options.gradient_checkpointing,
+        kernel=_kernel(options, on),
+        masked=options.padded,
+    )
+
+
+def _kernel(options: TrainingOptions, on: Device) -> blocks.kernels.Kernel:
+    if options.attention == "eager":
+        return "eager"
+    if options.attention == "flash_attention_2":
+        return "flash_attention_2"
+    return "cudnn" if on.capability in ((9, 0), (10, 0), (10, 3)) else "flash"
+
+
+def estimate(
+    architecture: Architecture, options: TrainingOptions, gpu: Gpu | None, stack: Stack, counts: ParameterCounts
+) -> MemoryEstimate:
+    """Plays the run and replays it through the allocator."""
+    on = device(gpu)
+    run = Run(
+        architecture,
+        settings(options, on),
+        counts,
+        options.optimizer,
+        options.gradient_accumulation_steps,
+        _quantised(architecture, options),
+        on.workspace_bytes,
+    )
+    program = run.program
+    allocator = Allocator(expandable_segments=options.expandable_segments)
+    loaded = allocator.replay(run.loaded.events, program.sizes)
+    reserved = loaded.peak_reserved_bytes
+    reserved = max(reserved, allocator.replay(run.prepared.events, program.sizes).peak_reserved_bytes)
+    if run.prepared.events:
+        allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
+    ready = allocator.replay(run.ready.events, program.sizes)
+    stretches = [run.loaded, run.prepared, run.ready]
+    best, at, until = -1, -1, 0
+    for number in range(STEPS):
+        played = run.step(number)
+        result = allocator.replay([e for stretch in played for e in stretch.events], program.sizes)
+        stretches += played
+        if result.peak_allocated_bytes > best:
+            best, at, until = result.peak_allocated_bytes, result.peak_allocated_event, len(stretches) - len(played)
+        settled = number > 0 and result.peak_reserved_bytes <= reserved
+        reserved = max(reserved, result.peak_reserved_bytes)
+        if settled:
+            break  # a step that needed no more than the one before: the next is the same
+    phase, held = _alive_at(stretches, until, at)
+    return MemoryEstimate(
+        components=_components(program, held, best),
+        peak_allocated_bytes=best,
+        peak_reserved_bytes=reserved,
+        context_bytes=on.context_bytes,
+        peak_phase=phase,
+        loaded_bytes=loaded.allocated_bytes,
+        ready_bytes=ready.allocated_bytes,
+        paged_bytes=run.paged_bytes,
+        notes=_notes(run, options, on, gpu),
+    )
+
+
+def _quantised(architecture: Architecture, options: TrainingOptions) -> list[frozenset[str]]:
+    """For each layer, the names of its modules that are held in 4 bit."""
+    if options.method != "qlora":
+        return [frozenset()] * architecture.num_hidden_layers
+    known: dict[tuple[int, bool], frozenset[str]] = {}
+    answer: list[frozenset[str]] = []
+    last = architecture.num_hidden_layers - 1
+    for layer, kind in enumerate(architecture.order):
+        key = (kind, layer == last)
+        if key not in known:
+            modules = architecture.kinds[kind].modules
+            known[key] = frozenset(m.name for m in modules if is_quantised(m, architecture, layer))
+        answer.append(known[key])
+    return answer
+
+
+def _alive_at(stretches: list[Stretch], start: int, position: int) -> tuple[str, set[int]]:
+    """The name of the stretch that holds event `position`, counted from stretch `start`, and who is alive after it."""
+    events = [e for stretch in stretches[:start] for e in stretch.events]
+    phase = ""
+    for stretch in stretches[start:]:
+        phase = stretch.name
+        if position < len(stretch.events):
+            events += stretch.events[: position + 1]
+            break
+        events += stretch.events
+        position -= len(stretch.events)
+    return phase, alive(events)
+
+
+def _part(program: Program, tensor: int) -> str:
+    part = program.parts[tensor]
+    if part:
+        return part
+    if program.labels[tensor] in LOGITS:
+        return "logits and loss"
+    return "saved activations" if tensor in program.saved else "temporary buffers"
+
+
+def _components(program: Program, held: Iterable[int], total: int) -> tuple[Component, ...]:
+    """The tensors alive at the peak, by part; what the allocator's blocks add is a part of its own."""
+    groups: dict[str, Counter[tuple[str, int]]] = {}
+    for tensor in held:
+        found = groups.setdefault(_part(program, tensor), Counter())
+        found[program.labels[tensor], program.sizes[tensor]] += 1
+    rows: list[Component] = []
+    for name, source in SOURCES.items():
+        if name in groups:
+            nbytes = sum(size * n for (_, size), n in groups[name].items())
+            rows.append(Component(name, nbytes, _formula(groups[name]), source))
+    rounding = total - sum(row.bytes for row in rows)
+    if rounding:
+        rows.append(Component("block rounding", rounding, "blocks less the bytes asked for", SOURCES["block rounding"]))
+    return tuple(rows)
+
+
+def _formula(found: Counter[tuple[str, int]]) -> str:
+    """The largest groups of equal tensors in words: count x bytes, label; the rest in one sum."""
+    by_size = sorted(found.items(), key=lambda item: -item[0][1] * item[1])
+    shown = [f"{n} x {size:,} B ({label})" if n > 1 else f"{size:,} B ({label})" for (label, size), n in by_size[:4]]
+    rest = sum(size * n for (_, size), n in by_size[4:])
+    return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
+
+
+def _notes(run: Run, options: TrainingOptions, on: Device, gpu: Gpu | None) -> tuple[str, ...]:
+    """What a reader needs to know beside the figures."""
+    notes: list[str] = []
+    s = run.settings
+    if s.frozen_dtype != s.weights_dtype:
+        wide = 4 * run.plain_parameters
+        notes.append(
+            f"prepare_kbit holds embeddings, norms and head in float32: {units.format_gib(wide)}, twice their size "
+            "in 16 bit; --no-prepare-kbit keeps them as they are"
+        )
+    if run.paged_bytes:
+        notes.append(
+            f"{units.format_gib(run.paged_bytes)} of optimizer states are paged: managed memory that stays on the "
+            "GPU while there is room, and in none of these figures"
+        )
+    if gpu is None:
+        notes.append("no GPU is named: attention kernel, workspaces and CUDA context are those of an H200 (--gpu)")
+    elif not on.context_measured:
+        notes.append(f"the CUDA context is not measured on {gpu.title}; an H200's is used, and yours may differ")
+    if options.attention == "sdpa" and s.kernel == "flash":
+        notes.append(f"sdpa is planned with the flash kernel, as PyTorch takes it on {gpu.title if gpu else 'this GPU'}")
+    return tuple(notes)

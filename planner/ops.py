@@ -1,0 +1,374 @@
+"""The ops of a training step: what each allocates, saves for backward, and needs only for a moment.
+
+Every function here stands for one PyTorch op (or one fixed run of them) and is written in the order in which the
+real one allocates and frees, forward and backward; the order inside a backward is that of PyTorch's generated
+code, which computes gradients by the alphabet of the op's arguments (torch/csrc/autograd/generated/Functions.cpp).
+Each was compared with recorded memory histories (probes/record.py).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from vramplan.planner.paper import ITEMSIZE, Parameter, Tape, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vramplan.planner.paper import Node, Shape
+
+Grads = list["Tensor | None"]
+FLOATS = {"fp32": 3, "bf16": 2, "fp16": 2}
+
+
+def promote(a: str, b: str) -> str:
+    """The dtype of an op on two tensors (torch.promote_types for the dtypes met in training)."""
+    if a == b or b not in FLOATS:
+        return a
+    if a not in FLOATS:
+        return b
+    return "fp32"
+
+
+def done(out: Tensor, node: Node | None, nr: int = 0) -> Tensor:
+    """`out` with the node that will give its gradient."""
+    out.node, out.nr = node, nr
+    return out
+
+
+def layout(grads: Grads) -> bool:
+    """The layout of an elementwise op's gradient: that of the gradient it comes from (TensorIterator.cpp)."""
+    return grads[0] is not None and grads[0].merged
+
+
+# --- dtypes ------------------------------------------------------------------------------------------------------
+
+
+def to(tape: Tape, x: Tensor, dtype: str, label: str = "cast") -> Tensor:
+    """`x.to(dtype)`: itself where it has that dtype, else a copy; the gradient is cast back."""
+    if x.dtype == dtype:
+        return x
+    source, shape = x.dtype, x.shape
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        return [tape.new(shape, source, "cast of a gradient", layout(grads))]
+
+    node = tape.node((x,), backward)
+    return done(tape.new(shape, dtype, label, x.merged), node)
+
+
+def operand(tape: Tape, weight: Tensor | Parameter) -> Tensor:
+    """A weight as an operand, cast where autocast casts; casts of trainable float32 weights are kept until it ends.
+
+    aten/src/ATen/autocast_mode.cpp, cached_cast: only float32 leaves that require a gradient are cached.
+    """
+    if isinstance(weight, Tensor):
+        return lower(tape, weight)
+    if tape.autocast is None or weight.dtype != "fp32":
+        return weight.tensor()
+    if not weight.requires_grad:
+        return to(tape, weight.tensor(), tape.autocast, "weight cast by autocast")
+    kept = tape.cache.get(id(weight))
+    if kept is None:
+        # the cast is made once, so its node is made with gradients even where a later use would not need it
+        kept = tape.cache[id(weight)] = to(tape, weight.tensor(), tape.autocast, "weight cast by autocast")
+    return kept
+
+
+def lower(tape: Tape, x: Tensor) -> Tensor:
+    """An activation as autocast hands it to a matrix product: cast down from float32."""
+    if tape.autocast is None or x.dtype != "fp32":
+        return x
+    return to(tape, x, tape.autocast, "input cast by autocast")
+
+
+# --- elementwise --------------------------------------------------------------------------------------------------
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape of an elementwise op on `a` and `b`."""
+    if a == b:
+        return a
+    n = max(len(a), len(b))
+    a, b = (1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b
+    return tuple(max(x, y) for x, y in zip(a, b, strict=True))
+
+
+def fitted(tape: Tape, grad: Tensor, shape: Shape, dtype: str) -> Tensor:
+    """A gradient summed to its input's shape and cast to its dtype (engine.cpp, validate_outputs)."""
+    return to(tape, _reduced(tape, grad, shape), dtype, "cast of a gradient")
+
+
+def _reduced(tape: Tape, grad: Tensor, shape: Shape) -> Tensor:
+    """A gradient summed down to a broadcast operand's shape (sum_to_size)."""
+    if prod(shape) == grad.numel:
+        return grad
+    return tape.new(shape, grad.dtype, "sum of a gradient")
+
+
+def mul(tape: Tape, a: Tensor, b: Tensor | Parameter, label: str = "product", dtype: str | None = None) -> Tensor:
+    """`a * b`; each operand is saved where the other needs a gradient."""
+    b = b.tensor() if isinstance(b, Parameter) else b
+    shape = broadcast(a.shape, b.shape)
+    dtype = promote(a.dtype, b.dtype)
+    a_shape, b_shape, a_dtype, b_dtype = a.shape, b.shape, a.dtype, b.dtype
+    needs_a, needs_b = a.node is not None, b.node is not None
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        merged = layout(grads)
+        other = tape.new(shape, dtype, "gradient of a product", merged) if needs_b else None
+        mine = tape.new(shape, dtype, "gradient of a product", merged) if needs_a else None
+        # the engine brings both to their inputs' shapes and dtypes afterwards (validate_outputs)
+        if mine is not None:
+            mine = fitted(tape, mine, a_shape, a_dtype)
+        if other is not None:
+            other = fitted(tape, other, b_shape, b_dtype)
+        return [mine, other]
+
+    node = tape.node((a, b), backward, (b if needs_a else None, a if needs_b else None))
+    return done(tape.new(shape, dtype, label, (a if a.shape == shape else b).merged), node)
+
+
+def scale(tape: Tape, a: Tensor, label: str = "scaled") -> Tensor:
+    """`a * number`: a fresh tensor, and a fresh gradient; nothing saved."""
+    shape, dtype = a.shape, a.dtype
+    node = tape.node((a,), lambda g, _: [tape.new(shape, dtype, "gradient, scaled", layout(g))])
+    return done(tape.new(shape, dtype, label, a.merged), node)
+
+
+def shift(tape: Tape, a: Tensor, label: str = "sum") -> Tensor:
+    """`a + number`: a fresh tensor; the gradient passes through."""
+    node = tape.node((a,), lambda g, _: [g[0]])
+    return done(tape.new(a.shape, a.dtype, label, a.merged), node)
+
+
+def add(tape: Tape, a: Tensor, b: Tensor | Parameter, label: str = "sum") -> Tensor:
+    """`a + b`: nothing saved; the gradient passes to both, cast or summed where one had another dtype or shape."""
+    b = b.tensor() if isinstance(b, Parameter) else b
+    shape = broadcast(a.shape, b.shape)
+    dtype = promote(a.dtype, b.dtype)
+    facts = ((a.node is not None, a.shape, a.dtype), (b.node is not None, b.shape, b.dtype))
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        out: Grads = [None, None]
+        for i in (1, 0):
+            needs, its_shape, its_dtype = facts[i]
+            if needs and grads[0] is not None:
+                out[i] = fitted(tape, grads[0], its_shape, its_dtype)
+        return out
+
+    node = tape.node((a, b), backward)
+    return done(tape.new(shape, dtype, label, a.merged), node)
+
+
+def unary(tape: Tape, x: Tensor, label: str, saves: str = "input", dtype: str | None = None) -> Tensor:
+    """An activation function: a fresh output; its input (or its `result`, or nothing) saved; a fresh gradient."""
+    shape, kind = x.shape, dtype or x.dtype
+    x_dtype = x.dtype
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        return [tape.new(shape, x_dtype, f"gradient of {label}", layout(grads))]
+
+    if saves == "result":
+        out = tape.new(shape, kind, label, x.merged)
+        return done(out, tape.node((x,), backward, (out,)))
+    node = tape.node((x,), backward, (x,) if saves == "input" else ())
+    return done(tape.new(shape, kind, label, x.merged), node)
+
+
+def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
+    """`F.dropout` in training: CUDA's native_dropout keeps a mask of one byte an element; 0 is the identity."""
+    if p == 0.0:
+        return x
+    shape, dtype = x.shape, x.dtype
+    mask: Tensor | None = tape.new(shape, "bool", "dropout mask")
+    out = tape.new(shape, dtype, "dropped input")
+    node = tape.node((x,), lambda _, __: [tape.new(shape, dtype, "gradient of dropout")], (mask,))
+    return done(out, node)
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def part(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """A slice of `x`: a view; its gradient is a zeroed tensor of the whole (SliceBackward).
+
+    A slice that takes all is an alias, whose gradient passes through (TensorIndexing.h, applySlice).
+    """
+    whole, dtype = x.shape, x.dtype
+    if shape == whole:
+        node = tape.node((x,), lambda g, _: [g[0]])
+    else:
+        node = tape.node((x,), lambda _, __: [tape.new(whole, dtype, "gradient of a slice")])
+    return _viewed(x, shape, node)
+
+
+def _viewed(x: Tensor, shape: Shape, node: Node | None, nr: int = 0) -> Tensor:
+    out = Tensor(x.storage, shape, x.dtype, node, nr)
+    out.merged = x.merged
+    return out
+
+
+def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """`x.split` or `x.chunk`: views; one gradient of the whole is put together from the parts (SplitBackward)."""
+    whole, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(whole, dtype, "gradients put together")], (), len(shapes))
+    return [_viewed(x, shape, node, i) for i, shape in enumerate(shapes)]
+
+
+def cat(tape: Tape, parts: Sequence[Tensor], shape: Shape, label: str = "concatenation") -> Tensor:
+    """`torch.cat`: a fresh tensor; its gradient is handed back in views."""
+    shapes = [p.shape for p in parts]
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        g = grads[0]
+        return [None if g is None else Tensor(g.storage, s, g.dtype).aliased() for s in shapes]
+
+    node = tape.node(parts, backward)
+    return done(tape.new(shape, parts[0].dtype, label), node)
+
+
+def copy(tape: Tape, x: Tensor, label: str = "copy") -> Tensor:
+    """`clone`: a fresh tensor, laid out alike; the gradient passes through."""
+    node = tape.node((x,), lambda g, _: [g[0]])
+    return done(tape.new(x.shape, x.dtype, label, x.merged), node)
+
+
+def contiguous(tape: Tape, x: Tensor, label: str = "copy") -> Tensor:
+    """A copy in the order of its shape; the gradient passes through."""
+    node = tape.node((x,), lambda g, _: [g[0]])
+    return done(tape.new(x.shape, x.dtype, label), node)
+
+
+def heads(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """`x.view(B, T, N, D).transpose(1, 2)`: a view; the way back copies a gradient whose heads are apart (reshape)."""
+    whole, dtype = x.shape, x.dtype
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        grad = grads[0]
+        if grad is not None and grad.one_row:
+            return [Tensor(grad.storage, whole, dtype).aliased()]
+        return [tape.new(whole, dtype, "gradient, heads merged").aliased()]
+
+    out = Tensor(x.storage, shape, dtype, tape.node((x,), backward))
+    out.merged = True
+    return out
+
+
+def merge_heads(tape: Tape, x: Tensor, label: str = "heads merged") -> Tensor:
+    """`x.transpose(1, 2).reshape(B, T, N * D)`: a copy where the heads are apart; the gradient is a view."""
+    b, n, t, d = x.shape
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        if grads[0] is None:
+            return [None]
+        grad = Tensor(grads[0].storage, (b, n, t, d), grads[0].dtype).aliased()
+        grad.merged = True
+        return [grad]
+
+    node = tape.node((x,), backward)
+    if x.one_row:
+        return Tensor(x.storage, (b, t, n * d), x.dtype, node)
+    return done(tape.new((b, t, n * d), x.dtype, label), node)
+
+
+def repeat_kv(tape: Tape, x: Tensor, times: int) -> Tensor:
+    """`repeat_kv` of transformers: expand and reshape, so a copy; the gradient is summed over the repeats."""
+    if times == 1:
+        return x
+    b, h, t, d = x.shape
+    dtype = x.dtype
+    node = tape.node((x,), lambda g, _: [tape.new((b, h, t, d), dtype, "gradient of repeated heads", layout(g))])
+    return done(tape.new((b, h * times, t, d), dtype, "heads repeated"), node)
+
+
+# --- matrix products ----------------------------------------------------------------------------------------------
+
+
+def linear(
+    tape: Tape, x: Tensor, weight: Parameter, out_features: int, bias: Parameter | None = None, label: str = "projection"
+) -> Tensor:
+    """`F.linear`: saves its input where the weight is trained and the weight where the input needs a gradient.
+
+    With a bias it is addmm, else mm; their backwards take the operands in alphabetical order (mat1, mat2, self;
+    mat2, self). Autocast casts the arguments from the last to the first: a C++ compiler evaluates them so.
+    """
+    c = None if bias is None else operand(tape, bias)
+    m = operand(tape, weight)
+    a = lower(tape, x)
+    dtype, a_shape, m_shape = a.dtype, a.shape, m.shape
+    needs_a, needs_m, needs_c = a.node is not None, m.node is not None, c is not None and c.node is not None
+    biased = c is not None
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        into_a = into_m = None
+        if biased and needs_a:
+            into_a = tape.new(a_shape, dtype, "gradient of an input").aliased()  # rows are unfolded again by a view
+        if needs_m:
+            into_m = tape.new(m_shape, dtype, "gradient of a weight").aliased()  # of the transpose
+        if not biased and needs_a:
+            into_a = tape.new(a_shape, dtype, "gradient of an input").aliased()
+        return [into_a, into_m, tape.new((out_features,), dtype, "gradient of a bias") if needs_c else None]
+
+    kept = (a if needs_m else None, m if needs_a else None)
+    node = tape.node((a, m, c), backward, kept if biased else kept[::-1])
+    del kept
+    out = tape.new((*a_shape[:-1], out_features), dtype, label)
+    del a, m, c  # the casts, if any, go in the reverse of their order
+    return done(out, node)
+
+
+def matmul(tape: Tape, a: Tensor, b: Tensor, shape: Shape, label: str) -> Tensor:
+    """`torch.matmul` of two [B, N, ., .]: flattened to [B * N, ., .], which copies where that is no view, then bmm.
+
+    BmmBackward saves both and takes them by the alphabet (mat2, self).
+    """
+    low_b = lower(tape, b)
+    low_a = lower(tape, a)
+    a = _flat(tape, low_a)
+    b = _flat(tape, low_b)
+    a_shape, b_shape, dtype = a.shape, b.shape, a.dtype
+    needs_a, needs_b = a.node is not None, b.node is not None
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        into_b = tape.new(b_shape, dtype, "gradient of an input") if needs_b else None
+        into_a = tape.new(a_shape, dtype, "gradient of an input") if needs_a else None
+        return [into_a, into_b]
+
+    def unflat(grads: Grads, _: Grads) -> Grads:
+        grad = grads[0]
+        if grad is None or _flattens(grad):
+            return [grad]
+        return [tape.new(shape, dtype, "gradient, made contiguous")]
+
+    node = tape.node((a, b), backward, (b if needs_a else None, a if needs_b else None))
+    out = done(tape.new(shape, dtype, label), node)
+    return done(out, tape.node((out,), unflat))
+
+
+def _flattens(x: Tensor) -> bool:
+    """Whether [B, N, T, D] is [B * N, T, D] by a view."""
+    return x.shape[0] == 1 or not x.merged or x.one_row and (x.shape[1] == 1 or x.shape[2] == 1)
+
+
+def _flat(tape: Tape, x: Tensor) -> Tensor:
+    return x if _flattens(x) else contiguous(tape, x, "made contiguous")
+
+
+def softmax(tape: Tape, x: Tensor, label: str = "probabilities") -> Tensor:
+    """`softmax`: saves its result; backward takes `grad * result` as a temporary."""
+    shape, dtype = x.shape, x.dtype
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        grad = tape.new(shape, dtype, "gradient of a softmax")
+        tape.moment(grad.nbytes, "gradient times probabilities")
+        return [grad]
+
+    out = tape.new(shape, dtype, label)
+    return done(out, tape.node((x,), backward, (out,)))
+
+
+def bytes_of(shape: Shape, dtype: str) -> int:
+    """Bytes of a tensor."""
+    return prod(shape) * ITEMSIZE[dtype]

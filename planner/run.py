@@ -1,0 +1,368 @@
+"""A training run as one list of events: loading, then steps of transformers.Trainer.
+
+`Program` repeats each layer's piece (step.py) for every layer and puts around it what the Trainer does: the batch, the
+autograd graph's other part, clipping, the optimizer, and letting go of gradients.
+
+Sources: transformers/trainer.py (_run_epoch, training_step, get_batch_samples), accelerate/data_loader.py (batches are
+moved to the GPU as they are fetched), torch/optim/optimizer.py (zero_grad sets gradients to None).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vramplan.planner import blocks, loading, optimizer, step
+from vramplan.planner.paper import Parameter, Tape, Tensor
+from vramplan.planner.step import NOWHERE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from vramplan.planner.blocks import Held, Settings
+    from vramplan.planner.layers import Architecture
+    from vramplan.planner.parameters import ParameterCounts
+
+
+@dataclass(slots=True)
+class Program:
+    """Events with what is known of each tensor, by global id."""
+
+    sizes: list[int] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    scopes: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # what the tensor counts as in a breakdown; "" is decided by `saved`
+    layers: list[int] = field(default_factory=list)  # the layer of a tensor, or NOWHERE
+    saved: set[int] = field(default_factory=set)
+
+    def place(self, tape: Tape | step.Piece, part: str = "", layer: int = NOWHERE) -> int:
+        """Gives a tape's ids their global place; returns the offset."""
+        base, n = len(self.sizes), len(tape.sizes)
+        self.sizes += tape.sizes
+        self.labels += tape.labels
+        self.scopes += tape.scopes
+        self.parts += [part] * n
+        self.layers += [layer] * n
+        self.saved.update([base + i for i in tape.saved])
+        return base
+
+    def new(self, nbytes: int, label: str, part: str, scope: str = "") -> int:
+        """One more tensor; its id."""
+        self.sizes.append(nbytes)
+        self.labels.append(label)
+        self.scopes.append(scope)
+        self.parts.append(part)
+        self.layers.append(NOWHERE)
+        return len(self.sizes) - 1
+
+
+def alive(events: Iterable[int]) -> set[int]:
+    """The tensors whose last event is an allocation."""
+    last = {e >> 1: e for e in events}
+    return {i for i, e in last.items() if not e & 1}
+
+
+def linked(events: Sequence[int], ids: Iterable[int]) -> tuple[int, ...]:
+    """The positions of the events of `ids`."""
+    wanted = set(ids)
+    return tuple([i for i, e in enumerate(events) if e >> 1 in wanted])
+
+
+def moved(events: Sequence[int], base: int, links: Mapping[int, int], positions: Iterable[int]) -> list[int]:
+    """Local events as global ones: shifted by `base`; those at `positions` belong to tensors elsewhere, by `links`."""
+    shift = 2 * base
+    out = [e + shift for e in events]
+    for i in positions:
+        out[i] = 2 * links[events[i] >> 1] + (events[i] & 1)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A run of events under one name: "loading", "forward", "backward, layer 3", "optimizer step"."""
+
+    name: str
+    events: list[int]
+
+
+def last_frees_only(stretches: Sequence[Stretch], positions: Sequence[Sequence[int]], shared: set[int]) -> None:
+    """Of tensors that several pieces hold, each piece says when it lets go: the last of them frees the tensor."""
+    freed: set[int] = set()
+    for stretch, places in zip(reversed(stretches), reversed(positions), strict=True):
+        for place in reversed(places):
+            event = stretch.events[place]
+            if event & 1 and event >> 1 in shared:
+                if event in freed:
+                    del stretch.events[place]
+                freed.add(event)
+
+
+class Run:
+    """Plays a run once; `loaded`, `ready` and each step are lists of stretches over one `program`."""
+
+    def __init__(
+        self, architecture: Architecture, s: Settings, counts: ParameterCounts, optimizer_name: str, accumulation: int,
+        quantised: Sequence[frozenset[str]], workspace_bytes: int,
+    ) -> None:  # fmt: skip
+        self.architecture = architecture
+        self.settings = s
+        self.accumulation = accumulation
+        self.optimizer = optimizer.get(optimizer_name)
+        self.workspace_bytes = workspace_bytes
+        self.program = Program()
+        self._adapted = _adapted(architecture, counts)
+        self.quantised = quantised
+        self._pieces: dict[tuple[object, ...], step.Piece] = {}
+        self._plain: dict[tuple[object, ...], Held] = {}
+        outside = (*architecture.before, *architecture.after, *(() if architecture.tied else (architecture.output,)))
+        self.outer = blocks.hold(outside, s, frozenset(), frozenset())
+        self.layers = [self._hold(i) for i in range(architecture.num_hidden_layers)]
+        self.parameters = self._all_parameters()
+        self.plain_parameters = 0  # elements of base weights that are not quantised
+        self.loaded, self.prepared, self.ready = loading.play(self)
+        self._batch: list[int] = []
+        self._states: dict[str, optimizer.Held] = {}
+        self._norm: optimizer.Held | None = None
+        self._outside = Tape()  # clipping and the optimizer
+        self._outside_ids: list[int] = []
+        self._micro_steps: dict[bool, tuple[list[Stretch], list[int]]] = {}
+
+    @property
+    def paged_bytes(self) -> int:
+        """Optimizer states in managed memory."""
+        if not self.optimizer.paged:
+            return 0
+        tables = self._embeddings
+        return sum(optimizer.paged_bytes(self.optimizer, p.shape, p.dtype, p.name in tables) for p in self.parameters)
+
+    @property
+    def _embeddings(self) -> list[str]:
+        modules = self.architecture.embeddings
+        return [f"{m.name}.{w.name}" for m in modules if m.kind == "embedding" for w in m.weights]
+
+    # --- what the layers hold -------------------------------------------------------------------------------------
+
+    def _signature(self, layer: int) -> tuple[int, frozenset[str], frozenset[str]]:
+        return (self.architecture.order[layer], self._adapted[layer], self.quantised[layer])
+
+    def _hold(self, layer: int) -> Held:
+        kind, adapted, quantised = signature = self._signature(layer)
+        held = self._plain.get(signature)
+        if held is None:
+            held = blocks.hold(self.architecture.kinds[kind].modules, self.settings, adapted, quantised)
+            self._plain[signature] = held
+        return held
+
+    def _all_parameters(self) -> list[Parameter]:
+        """The trained parameters in the order of named_parameters(): a fresh object for each layer's."""
+        a = self.architecture
+        outer = {p.name: p for p in self.outer.parameters}
+        before = [p for m in a.before for w in m.weights if (p := outer.get(f"{m.name}.{w.name}"))]
+        after = [p for p in self.outer.parameters if p not in before]
+        inner = [
+            Parameter(f"{a.layer_prefix}.{i}.{p.name}", p.shape, p.dtype, True)
+            for i, held in enumerate(self.layers)
+            for p in held.parameters
+        ]
+        return [*before, *inner, *after]
+
+    # --- forward and backward -------------------------------------------------------------------------------------
+
+    def _piece(self, layer: int, dtype: str, needs_grad: bool, again: bool, shared: blocks.Shared) -> step.Piece:
+        key = (*self._signature(layer), dtype, needs_grad, again)
+        piece = self._pieces.get(key)
+        if piece is None:
+            kind = self.architecture.kinds[self.architecture.order[layer]]
+            piece = step.play_layer(
+                kind, self.layers[layer], self.settings, shared, dtype, self.architecture.hidden_size, needs_grad, again
+            )
+            self._pieces[key] = piece
+        return piece
+
+    def micro_step(self, again: bool) -> tuple[list[Stretch], list[int]]:
+        """Forward and backward of one micro-step, `again` on top of gradients; the ids of those it makes, in order.
+
+        Every micro-step of a kind is the same, so it is put together once.
+        """
+        if again not in self._micro_steps:
+            self._micro_steps[again] = self._put_together(again)
+        return self._micro_steps[again]
+
+    def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
+        a, s, program = self.architecture, self.settings, self.program
+        table = next(m for m in a.embeddings if m.role == "token_embedding")
+        inner = self.outer.others[table.name]["weight"].dtype
+        shared = step.shared(a, s, inner)
+        dtype, needs = inner, s.method == "full" or s.checkpointing
+        pieces: list[step.Piece] = []
+        for layer in range(a.num_hidden_layers):
+            piece = self._piece(layer, dtype, needs, again, shared)
+            pieces.append(piece)
+            dtype = _dtype_of(piece.sizes[piece.made], s, a.hidden_size)
+            needs = needs or bool(piece.backward)
+        around = step.play_around(a, self.outer, s, inner, dtype, again, needs)
+        base = program.place(around.tape)
+
+        # the chain of hidden states forward, and of their gradients backward
+        bases = [program.place(piece, layer=i) for i, piece in enumerate(pieces)]
+        links: list[dict[int, int]] = []
+        current = base + around.embeds
+        several = {current, *(base + i for i in around.shared.values())}  # held by several pieces
+        for piece, at in zip(pieces, bases, strict=True):
+            links.append({i: base + around.shared[name] for name, i in piece.shared.items()} | {piece.given: current})
+            current = at + piece.made
+            if s.checkpointing:  # the input of the next layer's recomputation
+                program.saved.add(current)
+        outside = {around.hidden: current}
+        gradient = base + around.grad
+        for piece, at, link in reversed(list(zip(pieces, bases, links, strict=True))):
+            link[piece.grad_given] = gradient
+            if piece.grad_made != NOWHERE:
+                gradient = link.get(piece.grad_made, at + piece.grad_made)
+        if around.grad_embeds != NOWHERE:
+            outside[around.grad_embeds] = gradient
+
+        found: dict[tuple[int, str], tuple[int, ...]] = {}
+        stretches: list[Stretch] = []
+        positions: list[tuple[int, ...]] = []
+
+        def layer(i: int, what: str) -> list[int]:
+            piece = pieces[i]
+            events: tuple[int, ...] = getattr(piece, what)
+            key = (id(piece), what)
+            if key not in found:
+                found[key] = linked(events, links[i])
+            positions.append(found[key])
+            return moved(events, bases[i], links[i], found[key])
+
+        def beside(events: Sequence[int]) -> list[int]:
+            places = linked(events, (*outside, *(i - base for i in several)))
+            positions.append(places)
+            return moved(events, base, outside | {i - base: i for i in several}, places)
+
+        start, left, back = around.split
+        stretches.append(Stretch("forward, embeddings", beside(around.events[:start])))
+        stretches += [Stretch(f"forward, layer {i}", layer(i, "forward")) for i in range(len(pieces))]
+        stretches.append(Stretch("loss, forward", beside(around.events[start:left])))
+        stretches += [Stretch("autocast ends", layer(i, "leaving")) for i, p in enumerate(pieces) if p.leaving]
+        stretches.append(Stretch("loss, backward", beside(around.events[left:back])))
+        stretches += [Stretch(f"backward, layer {i}", layer(i, "backward")) for i in reversed(range(len(pieces)))]
+        stretches.append(Stretch("backward, embeddings", beside(around.events[back:])))
+        last_frees_only(stretches, positions, several)
+
+        early = {p.name for m in a.before for p in self.outer.parameters if p.name.startswith(m.name + ".")}
+        outer = dict(zip((p.name for p in self.outer.parameters), (base + g for g in around.grads), strict=False))
+        grads = [g for name, g in outer.items() if name in early]
+        grads += [at + g for piece, at in zip(pieces, bases, strict=True) for g in piece.grads]
+        grads += [g for name, g in outer.items() if name not in early]
+        for g in grads:
+            program.parts[g] = "gradients"
+        return stretches, grads
+
+    def _with_workspaces(self, stretches: list[Stretch]) -> list[Stretch]:
+        """The first micro-step: a thread's first matrix product takes a workspace and keeps it.
+
+        cuBLAS has one for each thread, the forward's and autograd's. cuBLASLt, which runs products with a bias, has
+        its own; autograd's thread needs that only where it recomputes the forward.
+        """
+        labels, new = self.program.labels, self.program.new
+        out = list(stretches)
+
+        def insert(name: str, position: int, made: int) -> None:
+            at = next(i for i, stretch in enumerate(out) if stretch.name == name)
+            events = list(out[at].events)
+            events.insert(position, 2 * made)
+            out[at] = Stretch(name, events)
+
+        # the forward's first product has run before the layers, in the rotary embedding; autograd's is the head's
+        part = "cuBLAS workspace"
+        insert("forward, layer 0", 0, new(self.workspace_bytes, "cuBLAS workspace, forward thread", part))
+        back = next(stretch.events for stretch in out if stretch.name == "loss, backward")
+        position = next((i for i, e in enumerate(back) if labels[e >> 1] in _PRODUCTS and not e & 1), 0)
+        insert("loss, backward", position, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part))
+        if any(p.bias is not None for p in self.layers[0].projections.values()):
+            insert("forward, layer 0", 1, new(CUBLASLT_BYTES, "cuBLASLt workspace, forward thread", part))
+            if self.settings.checkpointing:
+                last = f"backward, layer {len(self.layers) - 1}"
+                insert(last, 0, new(CUBLASLT_BYTES, "cuBLASLt workspace, backward thread", part))
+        return out
+
+    # --- a whole step ---------------------------------------------------------------------------------------------
+
+    def step(self, number: int) -> list[Stretch]:
+        """Optimizer step `number` (from 0): its micro-steps, clipping, the optimizer, gradients let go."""
+        first = number == 0
+        out = [Stretch("batch", self._fetch())]
+        grads: list[int] = []
+        for micro in range(self.accumulation):
+            stretches, made = self.micro_step(again=micro > 0)
+            out += self._with_workspaces(stretches) if first and micro == 0 else stretches
+            grads = grads or made
+        out.append(Stretch("gradient clipping", self._clip()))
+        out.append(Stretch("optimizer step", self._optimize(first)))
+        out.append(Stretch("gradients let go", [2 * g + 1 for g in grads]))
+        return out
+
+    def _fetch(self) -> list[int]:
+        """The micro-batches of a step move to the GPU; then those of the last step go."""
+        s, program = self.settings, self.program
+        rows = s.batch * s.seq
+        made = [
+            program.new(8 * rows, name, "batch")
+            for _ in range(self.accumulation)
+            for name in ("input_ids", "attention_mask", "labels")
+        ]
+        events = [2 * i for i in made] + [2 * i + 1 for i in self._batch]
+        self._batch = made
+        return events
+
+    def _clip(self) -> list[int]:
+        before = self._norm
+        self._norm = None
+        del before
+        norm = optimizer.play_clip(self._outside, self.parameters)
+        self._norm = norm
+        return self._collect("")
+
+    def _optimize(self, first: bool) -> list[int]:
+        optimizer.play(
+            self._outside, self.optimizer, self.parameters, self._states, first, embeddings=self._embeddings
+        )
+        return self._collect("optimizer states" if first else "")
+
+    def _collect(self, part: str) -> list[int]:
+        """What the outside tape has recorded since the last time, as global events."""
+        tape, program, ids = self._outside, self.program, self._outside_ids
+        fresh = len(tape.sizes) - len(ids)
+        at, known = len(program.sizes), len(ids)
+        ids.extend(range(at, at + fresh))
+        program.sizes += tape.sizes[known:]
+        program.labels += tape.labels[known:]
+        program.scopes += tape.scopes[known:]
+        program.parts += [""] * fresh
+        program.layers += [NOWHERE] * fresh
+        events = [2 * ids[e >> 1] + (e & 1) for e in tape.events]
+        tape.events.clear()
+        if part:
+            for i in alive(events):
+                program.parts[i] = part
+        return events
+
+
+CUBLASLT_BYTES = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE; seen on an H200 with torch 2.11
+_PRODUCTS = ("gradient of an input", "gradient of a weight")
+
+
+def _dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:
+    if nbytes == 4 * s.batch * s.seq * hidden_size:
+        return "fp32"
+    return s.autocast or s.weights_dtype
+
+
+def _adapted(architecture: Architecture, counts: ParameterCounts) -> list[frozenset[str]]:
+    """For each layer, the names of its modules that carry an adapter."""
+    names: list[set[str]] = [set() for _ in architecture.order]
+    for target in counts.targets:
+        for layer in target.layers:
+            names[layer].add(target.module.name)
+    return [frozenset(n) for n in names]

@@ -1,0 +1,204 @@
+"""Forward and backward of one micro-step, in pieces: one tape for each kind of layer, one for what is around them.
+
+The layers of one kind are alike, so each kind is played once, forward and backward, and run.py repeats its events for
+every layer of that kind. What is around the layers (embedding, final norm, head, loss) is played on a tape of its own,
+in whose graph all layers together are one node.
+
+Sources: transformers/trainer.py (training_step, compute_loss), accelerate/utils/operations.py (convert_to_fp32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vramplan.planner import around, blocks, ops
+from vramplan.planner.paper import Node, Storage, Tape, Tensor, backward, checkpoint
+
+if TYPE_CHECKING:
+    from vramplan.planner.blocks import Held, Settings
+    from vramplan.planner.layers import Architecture, Layer
+    from vramplan.planner.paper import Parameter
+
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tape's events with the local ids that stand for tensors of other pieces."""
+
+    forward: tuple[int, ...]
+    leaving: tuple[int, ...]  # when the forward's autocast ends
+    backward: tuple[int, ...]
+    sizes: tuple[int, ...]
+    labels: tuple[str, ...]
+    scopes: tuple[str, ...]
+    saved: frozenset[int]
+    given: int  # id of the layer's input
+    made: int  # id of its output
+    grad_given: int  # id of the output's gradient
+    grad_made: int  # id of the input's gradient; NOWHERE when the input needs none
+    grads: tuple[int, ...]  # ids of its parameters' gradients, in registration order
+    shared: dict[str, int]  # ids of the tables and masks that it reads: the last reader to let go frees them
+
+
+def _external(tape: Tape, nbytes: int, label: str) -> Storage:
+    """A storage that another piece has allocated: no event here, but its last reference may go here."""
+    storage = Storage(tape, nbytes, label)
+    tape.events.pop()
+    return storage
+
+
+def play_layer(
+    layer: Layer, held: Held, s: Settings, shared: blocks.Shared, dtype: str, hidden_size: int, needs_grad: bool, again: bool
+) -> Piece:
+    """One layer, forward and backward; `again`: its parameters have gradients from an earlier micro-step."""
+    tape = Tape(s.autocast)
+    shape = (s.batch, s.seq, hidden_size)
+    source = Node(0, [], lambda g, _: [], [])
+    x = Tensor(_external(tape, ops.bytes_of(shape, dtype), "hidden states"), shape, dtype, source if needs_grad else None)
+    local = shared.of(blocks.layer_type(layer.attention), lambda t, name: Tensor(_external(tape, t.nbytes, name), t.shape, t.dtype))
+    shared_ids = local.ids()
+    for parameter in held.parameters:
+        parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
+        parameter.node = None
+    if s.checkpointing:
+        out = _checkpointed(tape, x, layer, held, s, local)
+    else:
+        out = blocks.decoder_layer(tape, x, layer, held, s, local)
+    del x, local
+    ahead = tuple(tape.events)
+    out_storage, out_shape, out_dtype, node, nr = out.storage, out.shape, out.dtype, out.node, out.nr
+    assert out_storage is not None
+    made = out_storage.id
+    del out
+    tape.events.clear()
+    tape.end_autocast()
+    leaving = tuple(tape.events)
+    tape.events.clear()
+    grad_made = NOWHERE
+    grad_given = len(tape.sizes)
+    if node is not None:
+        root = (node, nr, Tensor(_external(tape, ops.bytes_of(out_shape, out_dtype), "gradient of hidden states"), out_shape, out_dtype))
+        roots = [root]
+        del root, node
+        tape.autocast = None
+        into = backward(tape, roots, [source])
+        if into[0] is not None and into[0].storage is not None:
+            grad_made = into[0].storage.id
+        back = tuple(tape.events)
+        del into
+    else:
+        back = ()
+    grads = tuple(p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None)
+    piece = Piece(
+        ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved), 0, made, grad_given, grad_made, grads, shared_ids
+    )  # fmt: skip
+    for parameter in held.parameters:
+        parameter.grad = None
+        parameter.node = None
+    return piece
+
+
+def _checkpointed(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: blocks.Shared) -> Tensor:
+    return checkpoint(tape, lambda hidden: blocks.decoder_layer(tape, hidden, layer, held, s, shared), x)
+
+
+@dataclass(slots=True)
+class Around:
+    """The tape of everything but the layers, with the positions where the layers run."""
+
+    tape: Tape
+    events: tuple[int, ...]
+    embeds: int  # id of layer 0's input
+    hidden: int  # id of the last layer's output, allocated by the layers
+    grad: int  # id of its gradient, allocated here
+    grad_embeds: int  # id of layer 0's input gradient, allocated by the layers; NOWHERE when it needs none
+    split: tuple[int, int, int]  # events before: layers forward, autocast ends, layers backward
+    grads: list[int]
+    shared: dict[str, int]  # ids of the tables and masks that the layers read
+
+
+def shared(architecture: Architecture, s: Settings, dtype: str) -> blocks.Shared:
+    """The tables and masks that the model hands to its layers, as shapes."""
+    return around.prepare(Tape(), architecture, s, dtype)
+
+
+def play_around(
+    architecture: Architecture, held: Held, s: Settings, inner_dtype: str, outer_dtype: str, again: bool, layers_need_grad: bool,
+) -> Around:  # fmt: skip
+    """Embedding, final norm, head and loss, forward and backward, with a hole where the layers run."""
+    tape = Tape(s.autocast)
+    b, t, h, v = s.batch, s.seq, architecture.hidden_size, architecture.vocab_size
+    for parameter in held.parameters:
+        parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
+        parameter.node = None
+    tape.scope = "embeddings"
+    embeds = around.embed(tape, architecture, held, s)
+    embeds_id = embeds.storage.id if embeds.storage is not None else NOWHERE
+    shared = around.prepare(tape, architecture, s, embeds.dtype)
+    shared_ids = shared.ids()
+    m1 = len(tape.events)
+    hidden_storage = _external(tape, ops.bytes_of((b, t, h), outer_dtype), "hidden states")
+    hidden_id = hidden_storage.id
+    after: list[int] = []
+    kept: list[object] = []
+    grad_embeds_id = NOWHERE
+
+    def through_layers(grads: ops.Grads, _: ops.Grads) -> ops.Grads:
+        nonlocal grad_embeds_id
+        after.append(len(tape.events))
+        grad = grads[0]
+        assert grad is not None
+        kept.append(grad.storage)  # the layers take it over
+        if embeds_node is None:
+            return [None]
+        storage = _external(tape, ops.bytes_of((b, t, h), inner_dtype), "gradient of embeddings")
+        grad_embeds_id = storage.id
+        return [Tensor(storage, (b, t, h), inner_dtype)]
+
+    embeds_node = embeds.node
+    tape.seq += 1
+    layers_node = None
+    if layers_need_grad:
+        layers_node = Node(tape.seq, [embeds.edge()], through_layers, [])
+    hidden = Tensor(hidden_storage, (b, t, h), outer_dtype, layers_node)
+    del hidden_storage
+    # embeds stays in the model's frame (inputs_embeds) until the base model returns
+    for module in architecture.final:
+        tape.scope = module.name
+        if module.kind == "norm":
+            hidden = blocks.norm(tape, hidden, held.norms[module.name])
+        elif module.kind == "linear":
+            hidden = blocks.project(tape, hidden, held.projections[module.name], s)
+    del embeds, shared
+    tape.scope = architecture.output.name
+    logits = around.head(tape, architecture, hidden, held, s)
+    loss, loss_node = around.causal_lm_loss(tape, logits, b * t, v)
+    del hidden
+    tape.end_autocast()
+    left = len(tape.events)
+    if s.autocast is not None:
+        tape.scope = "outputs"
+        outputs = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
+        del logits
+        del outputs
+    else:
+        del logits
+    del loss
+    grad_id = NOWHERE
+    if loss_node is not None:
+        roots = [(loss_node, 0, Tensor(None, (), "fp32"))]
+        del loss_node
+        tape.autocast = None
+        tape.scope = "loss"
+        backward(tape, roots)
+    if kept and isinstance(kept[0], Storage):
+        grad_id = kept[0].id
+    grads = [p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None]
+    split = (m1, left, after[0] if after else len(tape.events))
+    embeds_node = None  # the graph goes when training_step returns
+    events = tuple(tape.events)  # before what is still held here goes: gradients, and what the layers took over
+    for parameter in held.parameters:
+        parameter.grad, parameter.node = None, None
+    return Around(tape, events, embeds_id, hidden_id, grad_id, grad_embeds_id, split, grads, shared_ids)
