@@ -11,27 +11,32 @@ transformers/models/*/modeling_*.py (inv_freq and original_inv_freq, float32).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from vramplan.planner.allocator import block_bytes
 from vramplan.planner.paper import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vramplan.planner.layers import Module
+    from vramplan.planner.layers import Architecture, Module
     from vramplan.planner.run import Run, Stretch
 
 BLOCK = 64  # bitsandbytes quantises 64 weights with one absmax,
 NESTED = 256  # and with double quantisation 256 of those absmax with one more
+MAP_BYTES = 256 * 4  # the 256 values that an 8-bit absmax stands for
 
 
 def nf4_tensors(numel: int, double_quant: bool) -> list[tuple[str, int]]:
-    """The tensors of one NF4 weight of `numel` elements, as (label, bytes): 4 bits a weight and what scales them."""
+    """The tensors of one NF4 weight of `numel` elements, as (label, bytes): 4 bits a weight and what scales them.
+
+    In the order in which quantize_4bit makes them; without double quantisation the absmax itself is kept, and first.
+    """
     blocks = -(-numel // BLOCK)
-    packed = ("weight, 4 bit", -(-numel // 2))
-    code = ("NF4 code", 16 * 4)
+    packed, code = ("weight, 4 bit", -(-numel // 2)), ("NF4 code", 16 * 4)
     if not double_quant:
-        return [packed, ("absmax, float32", 4 * blocks), code]
+        return [("absmax, float32", 4 * blocks), packed, code]
     return [
         packed,
         code,
@@ -40,6 +45,34 @@ def nf4_tensors(numel: int, double_quant: bool) -> list[tuple[str, int]]:
         ("absmax, 8 bit", blocks),
         ("absmax code", 256 * 4),
     ]
+
+
+def held_bytes(run: Run) -> int:
+    """What `play` leaves, in the allocator's 512-byte blocks, without playing it."""
+    a, s = run.architecture, run.settings
+    itemsize = ITEMSIZE[s.frozen_dtype]
+    outside = (*a.before, *a.after, *(() if a.tied else (a.output,)))
+    groups: list[tuple[tuple[Module, ...], frozenset[str], int]] = [(outside, frozenset(), 1)]
+    for (kind, _, quantised), n in Counter(run.signatures).items():
+        groups.append((a.kinds[kind].modules, quantised, n))
+    total = MAP_BYTES if s.method == "qlora" and s.double_quant else 0
+    for modules, quantised, n in groups:
+        for module in modules:
+            for weight in module.weights:
+                if module.name in quantised and weight.name == "weight":
+                    total += n * sum(block_bytes(size) for _, size in nf4_tensors(weight.numel, s.double_quant))
+                else:
+                    total += n * block_bytes(weight.numel * itemsize)
+    total += sum(block_bytes(size) for size in _rotary_frequencies(a))
+    if s.method != "full":
+        total += sum(block_bytes(p.numel * ITEMSIZE[p.dtype]) for p in run.parameters)
+    return total
+
+
+def _rotary_frequencies(a: Architecture) -> list[int]:
+    """inv_freq and original_inv_freq, float32."""
+    dim = max(layer.attention.rotary_dim for layer in a.kinds)
+    return [4 * (dim // 2)] * 2 if dim else []
 
 
 def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
@@ -65,9 +98,7 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
                 else:
                     events.append(2 * made)
                 plain.append((made, weight.numel))
-    dim = max(layer.attention.rotary_dim for layer in a.kinds)
-    for _ in range(2 if dim else 0):
-        events.append(2 * program.new(4 * (dim // 2), "rotary frequencies", "weights"))
+    events += [2 * program.new(size, "rotary frequencies", "weights") for size in _rotary_frequencies(a)]
     loaded = Stretch("loading", events)
 
     events = []
@@ -83,23 +114,19 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
 
 def _quantise(run: Run, numel: int, itemsize: int, name: str, first: bool) -> list[int]:
     """One weight is made on the GPU in 16 bit and quantised there (bitsandbytes/functional.py, quantize_4bit)."""
-    new = run.program.new
-    blocks = -(-numel // BLOCK)
+    new, double_quant = run.program.new, run.settings.double_quant
     part = "weights, 4 bit"
     drawn, wide = (new(numel * itemsize, "weight before quantisation", "", name) for _ in range(2))
-    absmax = new(4 * blocks, "absmax, float32", "" if run.settings.double_quant else part, name)
-    packed = new(-(-numel // 2), "weight, 4 bit", part, name)
-    code = new(16 * 4, "NF4 code", part, name)
-    events = [2 * drawn, 2 * wide, 2 * drawn + 1, 2 * absmax, 2 * packed, 2 * code]
-    if run.settings.double_quant:
-        offset = new(4, "absmax offset", part, name)
-        centred = new(4 * blocks, "absmax less its mean", "", name)
-        events += (2 * offset, 2 * centred)
-        kept = [("absmax of absmax, float32", 4 * -(-blocks // NESTED)), ("absmax, 8 bit", blocks), ("absmax code", 1024)]
-        if first:  # the map of 256 values is made once for the process (functional.py, name2qmap)
-            kept.insert(0, ("map of 8-bit values", 1024))
-        events += [2 * new(nbytes, label, part, name) for label, nbytes in kept]
-        events += (2 * centred + 1, 2 * absmax + 1)
+    events = [2 * drawn, 2 * wide, 2 * drawn + 1]
+    kept = [2 * new(nbytes, label, part, name) for label, nbytes in nf4_tensors(numel, double_quant)]
+    if double_quant:
+        absmax, centred = (new(4 * -(-numel // BLOCK), "absmax, float32", "", name) for _ in range(2))
+        events += (2 * absmax, *kept[:3], 2 * centred)
+        if first:  # made once for the process (functional.py, name2qmap)
+            events.append(2 * new(MAP_BYTES, "map of 8-bit values", part, name))
+        events += (*kept[3:], 2 * centred + 1, 2 * absmax + 1)
+    else:
+        events += kept
     events.append(2 * wide + 1)
     return events
 

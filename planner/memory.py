@@ -62,6 +62,15 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """One stretch of the step that holds the peak: how high it went, and where it ended, in allocated bytes."""
+
+    phase: str
+    peak_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """What a run needs on one GPU, in bytes; `components` are alive at the peak and sum to it exactly.
 
@@ -76,6 +85,7 @@ class MemoryEstimate:
     peak_phase: str
     loaded_bytes: int
     ready_bytes: int
+    timeline: tuple[Moment, ...] = ()
     paged_bytes: int = 0
     notes: tuple[str, ...] = ()
 
@@ -114,12 +124,9 @@ def _kernel(options: TrainingOptions, on: Device) -> blocks.kernels.Kernel:
     return "cudnn" if on.capability in ((9, 0), (10, 0), (10, 3)) else "flash"
 
 
-def estimate(
-    architecture: Architecture, options: TrainingOptions, gpu: Gpu | None, stack: Stack, counts: ParameterCounts
-) -> MemoryEstimate:
-    """Plays the run and replays it through the allocator."""
-    on = device(gpu)
-    run = Run(
+def run_of(architecture: Architecture, options: TrainingOptions, on: Device, counts: ParameterCounts) -> Run:
+    """The run that `options` describe, ready to be played."""
+    return Run(
         architecture,
         settings(options, on),
         counts,
@@ -128,27 +135,42 @@ def estimate(
         _quantised(architecture, options),
         on.workspace_bytes,
     )
+
+
+def estimate(
+    architecture: Architecture, options: TrainingOptions, gpu: Gpu | None, stack: Stack, counts: ParameterCounts
+) -> MemoryEstimate:
+    """Plays the run and replays it through the allocator."""
+    on = device(gpu)
+    run = run_of(architecture, options, on, counts)
     program = run.program
     allocator = Allocator(expandable_segments=options.expandable_segments)
-    loaded = allocator.replay(run.loaded.events, program.sizes)
-    reserved = loaded.peak_reserved_bytes
-    reserved = max(reserved, allocator.replay(run.prepared.events, program.sizes).peak_reserved_bytes)
-    if run.prepared.events:
+    load, prepare, adapt = run.loading
+    loaded = allocator.replay(load.events, program.sizes)
+    prepared = allocator.replay(prepare.events, program.sizes)
+    if prepare.events:
         allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
-    ready = allocator.replay(run.ready.events, program.sizes)
-    stretches = [run.loaded, run.prepared, run.ready]
-    best, at, until = -1, -1, 0
+    ready = allocator.replay(adapt.events, program.sizes)
+    reserved = max(each.peak_reserved_bytes for each in (loaded, prepared, ready))
+    stretches = [load, prepare, adapt]
+    best, until, at = -1, 0, 0
+    timeline: tuple[Moment, ...] = ()
     for number in range(STEPS):
         played = run.step(number)
-        result = allocator.replay([e for stretch in played for e in stretch.events], program.sizes)
-        stretches += played
-        if result.peak_allocated_bytes > best:
-            best, at, until = result.peak_allocated_bytes, result.peak_allocated_event, len(stretches) - len(played)
-        settled = number > 0 and result.peak_reserved_bytes <= reserved
-        reserved = max(reserved, result.peak_reserved_bytes)
-        if settled:
+        moments = []
+        before = reserved
+        for stretch in played:
+            result = allocator.replay(stretch.events, program.sizes)
+            moments.append(Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
+            if result.peak_allocated_bytes > best:
+                best, until, at = result.peak_allocated_bytes, len(stretches), result.peak_allocated_event
+                timeline = ()
+            stretches.append(stretch)
+            reserved = max(reserved, result.peak_reserved_bytes)
+        timeline = timeline or tuple(moments)
+        if number > 0 and reserved == before:
             break  # a step that needed no more than the one before: the next is the same
-    phase, held = _alive_at(stretches, until, at)
+    phase, held = stretches[until].name, _alive_at(stretches, until, at)
     return MemoryEstimate(
         components=_components(program, held, best),
         peak_allocated_bytes=best,
@@ -157,6 +179,7 @@ def estimate(
         peak_phase=phase,
         loaded_bytes=loaded.allocated_bytes,
         ready_bytes=ready.allocated_bytes,
+        timeline=timeline,
         paged_bytes=run.paged_bytes,
         notes=_notes(run, options, on, gpu),
     )
@@ -178,18 +201,10 @@ def _quantised(architecture: Architecture, options: TrainingOptions) -> list[fro
     return answer
 
 
-def _alive_at(stretches: list[Stretch], start: int, position: int) -> tuple[str, set[int]]:
-    """The name of the stretch that holds event `position`, counted from stretch `start`, and who is alive after it."""
-    events = [e for stretch in stretches[:start] for e in stretch.events]
-    phase = ""
-    for stretch in stretches[start:]:
-        phase = stretch.name
-        if position < len(stretch.events):
-            events += stretch.events[: position + 1]
-            break
-        events += stretch.events
-        position -= len(stretch.events)
-    return phase, alive(events)
+def _alive_at(stretches: list[Stretch], last: int, position: int) -> set[int]:
+    """The tensors alive after event `position` of stretch `last`."""
+    events = [e for stretch in stretches[:last] for e in stretch.events]
+    return alive(events + stretches[last].events[: position + 1])
 
 
 def _part(program: Program, tensor: int) -> str:

@@ -10,6 +10,7 @@ moved to the GPU as they are fetched), torch/optim/optimizer.py (zero_grad sets 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vramplan.planner import blocks, loading, optimizer, step
@@ -98,7 +99,7 @@ def last_frees_only(stretches: Sequence[Stretch], positions: Sequence[Sequence[i
 
 
 class Run:
-    """Plays a run once; `loaded`, `ready` and each step are lists of stretches over one `program`."""
+    """Plays a run once; `loading` and each `step` are stretches of events over one `program`."""
 
     def __init__(
         self, architecture: Architecture, s: Settings, counts: ParameterCounts, optimizer_name: str, accumulation: int,
@@ -119,13 +120,27 @@ class Run:
         self.layers = [self._hold(i) for i in range(architecture.num_hidden_layers)]
         self.parameters = self._all_parameters()
         self.plain_parameters = 0  # elements of base weights that are not quantised
-        self.loaded, self.prepared, self.ready = loading.play(self)
         self._batch: list[int] = []
         self._states: dict[str, optimizer.Held] = {}
         self._norm: optimizer.Held | None = None
         self._outside = Tape()  # clipping and the optimizer
         self._outside_ids: list[int] = []
         self._micro_steps: dict[bool, tuple[list[Stretch], list[int]]] = {}
+
+    @cached_property
+    def loading(self) -> tuple[Stretch, Stretch, Stretch]:
+        """The model on the GPU, k-bit preparation, the adapter."""
+        return loading.play(self)
+
+    @cached_property
+    def signatures(self) -> list[tuple[int, frozenset[str], frozenset[str]]]:
+        """What tells one layer from another: its kind, which of its modules are adapted, which are in 4 bit."""
+        return list(zip(self.architecture.order, self._adapted, self.quantised, strict=True))
+
+    @property
+    def uses_cublaslt(self) -> bool:
+        """Whether a layer has a product with a bias."""
+        return any(p.bias is not None for p in self.layers[0].projections.values())
 
     @property
     def paged_bytes(self) -> int:
@@ -142,11 +157,8 @@ class Run:
 
     # --- what the layers hold -------------------------------------------------------------------------------------
 
-    def _signature(self, layer: int) -> tuple[int, frozenset[str], frozenset[str]]:
-        return (self.architecture.order[layer], self._adapted[layer], self.quantised[layer])
-
     def _hold(self, layer: int) -> Held:
-        kind, adapted, quantised = signature = self._signature(layer)
+        kind, adapted, quantised = signature = self.signatures[layer]
         held = self._plain.get(signature)
         if held is None:
             held = blocks.hold(self.architecture.kinds[kind].modules, self.settings, adapted, quantised)
@@ -169,7 +181,7 @@ class Run:
     # --- forward and backward -------------------------------------------------------------------------------------
 
     def _piece(self, layer: int, dtype: str, needs_grad: bool, again: bool, shared: blocks.Shared) -> step.Piece:
-        key = (*self._signature(layer), dtype, needs_grad, again)
+        key = (*self.signatures[layer], dtype, needs_grad, again)
         piece = self._pieces.get(key)
         if piece is None:
             kind = self.architecture.kinds[self.architecture.order[layer]]
@@ -188,8 +200,9 @@ class Run:
             self._micro_steps[again] = self._put_together(again)
         return self._micro_steps[again]
 
-    def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
-        a, s, program = self.architecture, self.settings, self.program
+    def play(self, again: bool) -> tuple[list[step.Piece], step.Around]:
+        """The pieces of a micro-step: one for each layer, and what is around them."""
+        a, s = self.architecture, self.settings
         table = next(m for m in a.embeddings if m.role == "token_embedding")
         inner = self.outer.others[table.name]["weight"].dtype
         shared = step.shared(a, s, inner)
@@ -200,7 +213,11 @@ class Run:
             pieces.append(piece)
             dtype = _dtype_of(piece.sizes[piece.made], s, a.hidden_size)
             needs = needs or bool(piece.backward)
-        around = step.play_around(a, self.outer, s, inner, dtype, again, needs)
+        return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs)
+
+    def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
+        a, s, program = self.architecture, self.settings, self.program
+        pieces, around = self.play(again)
         base = program.place(around.tape)
 
         # the chain of hidden states forward, and of their gradients backward
@@ -280,7 +297,7 @@ class Run:
         back = next(stretch.events for stretch in out if stretch.name == "loss, backward")
         position = next((i for i, e in enumerate(back) if labels[e >> 1] in _PRODUCTS and not e & 1), 0)
         insert("loss, backward", position, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part))
-        if any(p.bias is not None for p in self.layers[0].projections.values()):
+        if self.uses_cublaslt:
             insert("forward, layer 0", 1, new(CUBLASLT_BYTES, "cuBLASLt workspace, forward thread", part))
             if self.settings.checkpointing:
                 last = f"backward, layer {len(self.layers) - 1}"
@@ -298,10 +315,13 @@ class Run:
             stretches, made = self.micro_step(again=micro > 0)
             out += self._with_workspaces(stretches) if first and micro == 0 else stretches
             grads = grads or made
-        out.append(Stretch("gradient clipping", self._clip()))
-        out.append(Stretch("optimizer step", self._optimize(first)))
+        out += self.update(first)
         out.append(Stretch("gradients let go", [2 * g + 1 for g in grads]))
         return out
+
+    def update(self, first: bool) -> list[Stretch]:
+        """What follows backward: clipping and the optimizer."""
+        return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self._optimize(first))]
 
     def _fetch(self) -> list[int]:
         """The micro-batches of a step move to the GPU; then those of the last step go."""

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from vramplan import plan
 from vramplan.planner import memory
+from vramplan.planner.allocator import block_bytes
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.plan import _count
+from vramplan.planner.quick import change, peak_bytes
 from vramplan.planner.run import Run, Stretch, alive, last_frees_only, linked, moved
 from vramplan.planner.training import parse_options
 
@@ -29,16 +31,7 @@ TINY = {
 
 def run_of(config: dict[str, Any], **options: Any) -> Run:
     architecture, asked = parse(config), parse_options(options)
-    on = device(None)
-    return Run(
-        architecture,
-        memory.settings(asked, on),
-        _count(architecture, asked),
-        asked.optimizer,
-        asked.gradient_accumulation_steps,
-        memory._quantised(architecture, asked),
-        on.workspace_bytes,
-    )
+    return memory.run_of(architecture, asked, device(None), _count(architecture, asked))
 
 
 def check(stretches: list[Stretch], held: set[int]) -> None:
@@ -67,7 +60,7 @@ CASES = [
 def test_events_are_well_formed_and_steps_repeat(options: dict[str, Any]) -> None:
     run = run_of(TINY, seq_len=64, optimizer="adamw_torch", **options)
     held: set[int] = set()
-    check([run.loaded, run.prepared, run.ready], held)
+    check(list(run.loading), held)
     before = sum(run.program.sizes[i] for i in held)
     left = []
     for number in range(3):
@@ -78,6 +71,22 @@ def test_events_are_well_formed_and_steps_repeat(options: dict[str, Any]) -> Non
     rest = left[0] - before - 2 * trained
     # beside Adam's two states: the batch, both threads' workspaces, and the norm of the gradients
     assert 0 < rest - 2 * run.workspace_bytes < 100_000
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_the_quick_peak_is_that_of_the_whole_list(options: dict[str, Any]) -> None:
+    run = run_of(TINY, seq_len=64, optimizer="adamw_torch", **options)
+    now = sum(change(s.events, run.program.sizes)[0] for s in run.loading)
+    highest = 0
+    for number in range(2):
+        for stretch in run.step(number):
+            net, most = change(stretch.events, run.program.sizes)
+            highest = max(highest, now + most) if number else 0
+            now += net
+    quick = peak_bytes(run_of(TINY, seq_len=64, optimizer="adamw_torch", **options))
+    # tables and masks stay to the end of the backward pass in the quick sum
+    around = run.play(False)[1]
+    assert 0 <= quick - highest <= sum(block_bytes(around.tape.sizes[i]) for i in around.shared.values())
 
 
 def test_identical_layers_are_played_once() -> None:
