@@ -50,7 +50,7 @@ def advise(
     count: Callable[[Architecture, TrainingOptions], ParameterCounts],
 ) -> tuple[Advice, ...]:
     """The changes worth making, the best first, then what twice the batch would cost."""
-    on = device(gpu)
+    on = device(gpu, stack)
 
     def peak(run: TrainingOptions) -> int:
         return peak_bytes(run_of(architecture, run, on, count(architecture, run)))
@@ -64,7 +64,12 @@ def advise(
         except UsageError:  # not for this model or method
             continue
     better = sorted((a for a in found if a.saves_bytes > WORTH * now), key=lambda a: -a.saves_bytes)
-    return (*better, Advice({"batch_size": 2 * options.batch_size}, now - peak(_with(options, {"batch_size": 2 * options.batch_size}))))
+    return (
+        *better,
+        Advice(
+            {"batch_size": 2 * options.batch_size}, now - peak(_with(options, {"batch_size": 2 * options.batch_size}))
+        ),
+    )
 
 
 def _with(options: TrainingOptions, change: dict[str, Any]) -> TrainingOptions:
@@ -73,6 +78,8 @@ def _with(options: TrainingOptions, change: dict[str, Any]) -> TrainingOptions:
     asked = {name: value for name, value in options.as_dict().items() if value is not None}
     if method == "full":
         asked = {k: v for k, v in asked.items() if k not in ("rank", "lora_alpha", "lora_dropout", "target_modules")}
+    if "trainer" in change and "prepare_kbit" not in options.given:
+        asked.pop("prepare_kbit", None)  # each trainer has its own default
     return parse_options(asked | change)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from vramplan.planner.configuration import Config, defaults_table
 from vramplan.planner.errors import UsageError, nearest, shown, unknown
@@ -40,7 +41,8 @@ def parse(config: Mapping[str, object]) -> Architecture:
     reader = Config(model_type, {key: value for key, value in given.items() if key != "model_type"})
     if given is not config:
         reader.assumed.append("text_config")
-    return FAMILIES[model_type](reader)
+    architecture = FAMILIES[model_type](reader)
+    return replace(architecture, kinds=tuple(replace(layer, family=model_type) for layer in architecture.kinds))
 
 
 def _text_config(config: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:

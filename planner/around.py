@@ -5,25 +5,30 @@ Sources: transformers/models/*/modeling_*.py, transformers/masking_utils.py, tra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.planner import blocks, ops, paper
 from vramplan.planner.paper import Node, Tensor
 
 if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings, Shared
-    from vramplan.planner.layers import Architecture
+    from vramplan.planner.layers import Architecture, Attention
     from vramplan.planner.paper import Parameter, Tape
 
 
-def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> Tensor:
-    """Token embedding, positions, projection and norm of embeddings, as the model's class runs them."""
+def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tuple[Tensor, list[Tensor]]:
+    """Token embedding, positions, projection and norm of embeddings, as the model's class runs them.
+
+    Returns layer 0's input and what the model's forward keeps in locals until it returns: the embeddings themselves.
+    """
+    kept: list[Tensor] = []
     b, t = s.batch, s.seq
     hidden: Tensor | None = None
     for module in architecture.embeddings:
         if module.kind == "embedding":
             weight = held.others[module.name]["weight"]
             looked_up = embedding(tape, weight, (b, t), module.role == "token_embedding")
+            kept.append(looked_up)
             if hidden is None:
                 hidden = looked_up
                 inside = architecture.model_type in SCALED_EMBEDDING
@@ -43,9 +48,14 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> Te
             assert hidden is not None
             hidden = blocks.project(tape, hidden, held.projections[module.name], s)
     assert hidden is not None
-    return ops.dropout(tape, hidden, architecture.embedding_dropout)
+    hidden = ops.dropout(tape, hidden, architecture.embedding_dropout)
+    if architecture.embedding_scale or architecture.model_type in REBOUND_EMBEDDING:
+        kept = [hidden]
+    return hidden, kept
 
 
+# Families that give the dropped embeddings the name of the embeddings.
+REBOUND_EMBEDDING = frozenset({"phi"})
 # Families whose embedding module scales (a subclass of nn.Embedding); elsewhere the model does so afterwards.
 SCALED_EMBEDDING = frozenset({"gemma", "gemma2", "gemma3_text"})
 
@@ -90,33 +100,44 @@ def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> 
     kinds = {blocks.layer_type(layer.attention): layer.attention for layer in architecture.kinds}
     for kind in sorted(kinds):
         tape.scope = "masks"
-        mask = causal_mask(tape, s, kinds[kind].sliding_window, dtype)
+        mask = causal_mask(tape, s, kinds[kind].sliding_window, dtype, architecture.model_type in ALWAYS_MASKED)
         if mask is not None:
             shared.masks[kind] = mask
-    rotated = [layer for layer in architecture.kinds if layer.attention.rotary_dim]
+    if architecture.model_type == "qwen2_moe" and "sliding_attention" not in kinds:
+        # its sliding mask is made even where no layer slides: config.sliding_window is 0, which no length is below
+        mask = causal_mask(tape, s, 0, dtype, False)
+        if mask is not None:
+            shared.masks["sliding_attention"] = mask
+    rotated = {blocks.layer_type(x.attention): x.attention for x in architecture.kinds if x.attention.rotary_dim}
     tape.scope = "rotary_emb"
-    if rotated and architecture.model_type in TABLES_BY_TYPE:
-        for kind in sorted(kinds):
-            shared.tables[kind] = rotary_tables(tape, kinds[kind].rotary_dim, s, dtype)
-    elif rotated:
-        first = rotated[0].attention
-        dim = first.rotary_dim // 2 if first.rope == "gpt_oss" else first.rotary_dim
-        tables = rotary_tables(tape, dim, s, "fp32" if first.rope in ("olmo", "ernie4_5") else dtype)
-        shared.tables = dict.fromkeys((blocks.layer_type(layer.attention) for layer in rotated), tables)
+    tables = None
+    for kind in sorted(rotated):
+        if tables is None or architecture.model_type in TABLES_BY_TYPE:
+            tables = rotary_tables(tape, rotated[kind], s, dtype)
+        shared.tables[kind] = tables
     return shared
 
 
+# Families whose model keeps the last layer's output in a tuple while it goes on with a normalised one.
+KEEPS_LAST_HIDDEN = frozenset({"falcon"})
+# Families whose forward makes masks by layer type from a dict of arguments, which holds the embeddings too.
+KEEPS_MASK_ARGUMENTS = frozenset(
+    {"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "granitemoehybrid", "ministral", "olmo3", "qwen2"}
+    | {"qwen2_moe", "qwen3", "smollm3"}
+)
+# Families that ask for the mask whatever it says (allow_is_causal_skip=False).
+ALWAYS_MASKED = frozenset({"bloom", "falcon"})
 # Families whose sliding layers have rotary tables of their own (rope_parameters by layer type).
 TABLES_BY_TYPE = frozenset({"gemma3_text", "olmo3"})
 
 
-def causal_mask(tape: Tape, s: Settings, window: int | None, dtype: str) -> Tensor | None:
+def causal_mask(tape: Tape, s: Settings, window: int | None, dtype: str, always: bool) -> Tensor | None:
     """masking_utils.py: sdpa's boolean mask [B, 1, T, T], left out where is_causal says it all; eager's, in `dtype`."""
     b, t = s.batch, s.seq
     if s.kernel == "flash_attention_2":
         return None
     eager = s.kernel == "eager"
-    if not (eager or s.masked or (window is not None and t >= window)):  # _ignore_causal_mask_sdpa
+    if not (eager or s.masked or always or (window is not None and t >= window)):  # _ignore_causal_mask_sdpa
         return None
     square = (1, 1, t, t)
     if window is None:
@@ -141,8 +162,19 @@ def _and(tape: Tape, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return out
 
 
-def rotary_tables(tape: Tape, dim: int, s: Settings, dtype: str) -> tuple[Tensor, Tensor]:
+def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin for every position: angles, doubled, in float32, then cast to the embeddings' dtype."""
+    dim = a.rotary_dim // 2 if a.rope == "gpt_oss" else a.rotary_dim
+    if a.rope in ("olmo", "ernie4_5"):
+        dtype = "fp32"
+    if a.rope == "deepseek_v2":  # torch.polar: complex numbers of 8 bytes, scaled
+        angles = tape.new((1, s.seq, dim // 2), "fp32", "rotary angles")
+        ones = tape.new((1, s.seq, dim // 2), "fp32", "ones")
+        turns = tape.new((1, s.seq, dim), "fp32", "rotary table, complex")
+        del ones
+        turns = ops.scale(tape, turns, "rotary table, complex")
+        del angles
+        return turns, turns
     angles = tape.new((1, s.seq, dim // 2), "fp32", "rotary angles")
     doubled = tape.new((1, s.seq, dim), "fp32", "rotary angles, doubled")
     cos = ops.scale(tape, tape.new((1, s.seq, dim), "fp32", "cosines"), "cosines, scaled")
@@ -152,7 +184,7 @@ def rotary_tables(tape: Tape, dim: int, s: Settings, dtype: str) -> tuple[Tensor
     return tables
 
 
-def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Tensor:
+def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held) -> Tensor:
     """The output projection: logits in the hidden states' (or autocast's) dtype."""
     weight = head_weight(architecture, held)
     name = architecture.output.name
@@ -194,3 +226,32 @@ def causal_lm_loss(tape: Tape, logits: Tensor, rows: int, vocab: int) -> tuple[T
     loss = Tensor(None, (), "fp32", node)
     del labels
     return loss, node
+
+
+class Outputs(NamedTuple):
+    """What the model returns to transformers.Trainer: its logits, and the node of its loss."""
+
+    logits: Tensor
+    loss: Node | None
+
+
+def head_and_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held) -> Outputs:
+    """What a model for causal language modelling does with its last hidden states."""
+    logits = head(tape, architecture, hidden, held)
+    vocab = architecture.vocab_size
+    _, node = causal_lm_loss(tape, logits, logits.numel // vocab, vocab)
+    return Outputs(logits, node)
+
+
+def loss(tape: Tape, outputs: list[Outputs]) -> Node | None:
+    """What becomes of the outputs once autocast has ended: accelerate makes them float32, and they go.
+
+    accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss.
+    """
+    logits, node = outputs.pop()
+    if tape.autocast is not None:
+        tape.scope = "outputs"
+        wide = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
+        del logits
+        del wide
+    return node

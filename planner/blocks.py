@@ -8,11 +8,10 @@ tensor and for how long, because that decides what is alive at a peak.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
 from typing import TYPE_CHECKING
 
+from vramplan.planner import activations, latent, moe, ops
 from vramplan.planner import attention as kernels
-from vramplan.planner import ops
 from vramplan.planner.layers import Mlp
 from vramplan.planner.paper import Parameter, Tensor
 from vramplan.planner.rotary import rotate
@@ -20,7 +19,7 @@ from vramplan.planner.rotary import rotate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vramplan.planner.layers import Attention, Layer, Module
+    from vramplan.planner.layers import Attention, Layer, Module, Moe
     from vramplan.planner.paper import Tape
 
 
@@ -42,6 +41,8 @@ class Settings:
     checkpointing: bool
     kernel: kernels.Kernel
     masked: bool  # a mask is built, because rows are padded
+    capability: tuple[int, int] = (9, 0)  # the GPU's compute capability
+    masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
 
     @property
     def frozen_dtype(self) -> str:
@@ -79,6 +80,7 @@ class Held:
     projections: dict[str, Projection] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     others: dict[str, dict[str, Parameter]] = field(default_factory=dict)
+    factors: dict[str, tuple[Parameter, Parameter]] = field(default_factory=dict)  # A and B of a bare parameter
     parameters: list[Parameter] = field(default_factory=list)  # trainable ones, in registration order
 
 
@@ -113,7 +115,23 @@ def hold(
             held.norms[module.name] = Norm(module.variant, made.get("weight"), made.get("bias"))
         else:
             held.others[module.name] = made
+            if module.name in adapted:
+                _wrap(held, module, s, prefix)
     return held
+
+
+def _wrap(held: Held, module: Module, s: Settings, prefix: str) -> None:
+    """peft's ParamWrapper: A and B beside each bare weight, of every expert; fused gate and up count twice."""
+    for weight in module.weights:
+        if "bias" in weight.name:
+            continue
+        *count, outputs, inputs = weight.shape
+        rank = s.rank * (count[0] if count else 1) * (2 if weight.name == "gate_up_proj" else 1)
+        name = f"{prefix}{module.name}.{weight.name}"
+        a = Parameter(f"{name}.lora_A", (rank, inputs), s.adapter_dtype, True)
+        b = Parameter(f"{name}.lora_B", (outputs, rank), s.adapter_dtype, True)
+        held.factors[f"{module.name}.{weight.name}"] = (a, b)
+        held.parameters += (a, b)
 
 
 # --- norms --------------------------------------------------------------------------------------------------------
@@ -122,22 +140,6 @@ def hold(
 def norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     """The norm that the architecture names; `x` is held by the caller throughout."""
     return _NORMS[n.variant](tape, x, n)
-
-
-def square(tape: Tape, x: Tensor) -> Tensor:
-    """`x.pow(2)`: backward takes `grad * (2 * x.pow(1))`, two temporaries and the gradient (PowBackward0)."""
-    shape = x.shape
-
-    def backward(grads: ops.Grads, _: ops.Grads) -> ops.Grads:
-        power = tape.new(shape, "fp32", "x to the power 1")
-        twice = tape.new(shape, "fp32", "2x")
-        grad = tape.new(shape, "fp32", "gradient of a square", ops.layout(grads))
-        del twice
-        del power
-        return [grad]
-
-    node = tape.node((x,), backward, (x,))
-    return ops.done(tape.new(shape, "fp32", "square", x.merged), node)
 
 
 def mean(tape: Tape, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -153,7 +155,7 @@ def rms_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     input_dtype = x.dtype
     hidden = ops.to(tape, x, "fp32", "float32 copy")
     small = (*hidden.shape[:-1], 1)
-    variance = mean(tape, square(tape, hidden), small)
+    variance = mean(tape, ops.square(tape, hidden), small)
     hidden = ops.mul(tape, hidden, rsqrt(tape, ops.shift(tape, variance)), "normalised, float32")
     return weighted(tape, n.weight, ops.to(tape, hidden, input_dtype, "normalised"))
 
@@ -164,9 +166,25 @@ def olmo_rms_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     input_dtype = x.dtype
     hidden = ops.to(tape, x, "fp32", "float32 copy")
     small = (*hidden.shape[:-1], 1)
-    variance = mean(tape, square(tape, hidden), small)
+    variance = mean(tape, ops.square(tape, hidden), small)
     hidden = ops.mul(tape, hidden, rsqrt(tape, ops.shift(tape, variance)), "normalised, float32")
     return ops.to(tape, weighted(tape, n.weight, hidden), input_dtype, "norm output")
+
+
+def cohere_layer_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
+    """CohereLayerNorm: mean and variance by hand in float32, the weight in float32, cast back."""
+    assert n.weight is not None
+    input_dtype = x.dtype
+    hidden = ops.to(tape, x, "fp32", "float32 copy")
+    small = (*hidden.shape[:-1], 1)
+    average = mean(tape, hidden, small)
+    variance = mean(tape, ops.square(tape, ops.sub(tape, hidden, average)), small)
+    hidden = ops.mul(
+        tape, ops.sub(tape, hidden, average), rsqrt(tape, ops.shift(tape, variance)), "normalised, float32"
+    )
+    wide = ops.to(tape, n.weight.tensor(), "fp32", "weight, float32")
+    hidden = ops.mul(tape, wide, hidden, "norm output, float32")
+    return ops.to(tape, hidden, input_dtype, "norm output")
 
 
 def gemma_rms_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
@@ -176,7 +194,7 @@ def gemma_rms_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     copy = ops.to(tape, x, "fp32", "float32 copy")
     small = (*copy.shape[:-1], 1)
     output = ops.mul(
-        tape, copy, rsqrt(tape, ops.shift(tape, mean(tape, square(tape, copy), small))), "normalised, float32"
+        tape, copy, rsqrt(tape, ops.shift(tape, mean(tape, ops.square(tape, copy), small))), "normalised, float32"
     )
     del copy
     one_plus = ops.shift(tape, ops.to(tape, n.weight.tensor(), "fp32", "weight, float32"), "1 + weight")
@@ -205,7 +223,6 @@ def weighted(tape: Tape, weight: Parameter, x: Tensor) -> Tensor:
     """`weight * x`: with the weight first, so its gradient comes last (MulBackward0: other, then self)."""
     w = weight.tensor()
     shape, dtype = x.shape, ops.promote(w.dtype, x.dtype)
-    x_dtype, w_dtype, w_shape = x.dtype, w.dtype, w.shape
     needs_w, needs_x = w.node is not None, x.node is not None
 
     def backward(grads: ops.Grads, _: ops.Grads) -> ops.Grads:
@@ -213,29 +230,46 @@ def weighted(tape: Tape, weight: Parameter, x: Tensor) -> Tensor:
         if needs_x:
             into_x = tape.new(shape, dtype, "gradient of a norm", ops.layout(grads))
         if needs_w:
-            into_w = ops.fitted(tape, tape.new(shape, dtype, "gradient of a norm weight, unsummed"), w_shape, w_dtype)
-        if into_x is not None:
-            into_x = ops.to(tape, into_x, x_dtype, "cast of a gradient")
+            into_w = tape.new(shape, dtype, "gradient of a norm weight, unsummed")
         return [into_w, into_x]
 
-    node = tape.node((w, x), backward, (x if needs_w else None, w if needs_x else None))
+    fits = ((w.shape, w.dtype), (x.shape, x.dtype))
+    node = tape.node((w, x), backward, (x if needs_w else None, w if needs_x else None), fits=fits)
     return ops.done(tape.new(shape, dtype, "norm output", x.merged), node)
 
 
 def layer_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
-    """nn.LayerNorm: saves its input, mean and rstd; autocast runs it in float32 (autocast_mode.h, fp32 list)."""
-    if tape.autocast is not None:
-        bias = None if n.bias is None else ops.to(tape, n.bias.tensor(), "fp32", "bias, float32")
-        weight = None if n.weight is None else ops.to(tape, n.weight.tensor(), "fp32", "weight, float32")
-        source = ops.to(tape, x, "fp32", "float32 copy")
-    else:
-        bias = None if n.bias is None else n.bias.tensor()
-        weight = None if n.weight is None else n.weight.tensor()
-        source = x
-    shape, dtype = source.shape, source.dtype
+    """nn.LayerNorm; autocast runs it in float32 and casts its arguments, the last first (autocast_mode.h)."""
+    bias = None if n.bias is None else n.bias.tensor()
+    weight = None if n.weight is None else n.weight.tensor()
+    if tape.autocast is None:
+        return native_layer_norm(tape, x, weight, bias)
+    bias = None if bias is None else ops.to(tape, bias, "fp32", "bias, float32")
+    weight = None if weight is None else ops.to(tape, weight, "fp32", "weight, float32")
+    return native_layer_norm(tape, ops.to(tape, x, "fp32", "float32 copy"), weight, bias)
+
+
+def layer_norm_1p(tape: Tape, x: Tensor, n: Norm) -> Tensor:
+    """NemotronLayerNorm1P: weight + 1, everything in autocast's dtype, autocast off."""
+    assert n.weight is not None
+    weight = ops.lower(tape, ops.shift(tape, n.weight.tensor(), "1 + weight"))
+    return native_layer_norm(
+        tape, ops.lower(tape, x), weight, None if n.bias is None else ops.lower(tape, n.bias.tensor())
+    )
+
+
+def olmo_layer_norm(tape: Tape, x: Tensor, _: Norm) -> Tensor:
+    """OlmoLayerNorm: F.layer_norm of the float32 input without weight or bias, cast back."""
+    out = native_layer_norm(tape, ops.to(tape, x, "fp32", "float32 copy"), None, None)
+    return ops.to(tape, out, x.dtype, "norm output, cast back")
+
+
+def native_layer_norm(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`F.layer_norm`: saves its input, mean and reciprocal deviation."""
+    shape, dtype = x.shape, x.dtype
     rows = (*shape[:-1], 1)
     needs = [
-        source.node is not None,
+        x.node is not None,
         weight is not None and weight.node is not None,
         bias is not None and bias.node is not None,
     ]
@@ -250,7 +284,7 @@ def layer_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     out = tape.new(shape, dtype, "norm output")
     average = tape.new(rows, "fp32", "mean")
     spread = tape.new(rows, "fp32", "reciprocal deviation")
-    node = tape.node((source, weight, bias), backward, (bias, source, weight, average, spread))
+    node = tape.node((x, weight, bias), backward, (bias, x, weight, average, spread))
     del spread, average
     return ops.done(out, node)
 
@@ -261,9 +295,9 @@ _NORMS = {
     "helium_rms_norm": olmo_rms_norm,
     "gemma_rms_norm": gemma_rms_norm,
     "layer_norm": layer_norm,
-    "layer_norm_1p": layer_norm,
-    "olmo_layer_norm": layer_norm,
-    "cohere_layer_norm": olmo_rms_norm,
+    "layer_norm_1p": layer_norm_1p,
+    "olmo_layer_norm": olmo_layer_norm,
+    "cohere_layer_norm": cohere_layer_norm,
 }
 
 
@@ -299,7 +333,7 @@ def lora(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
         tape, result, ops.scale(tape, down_up(tape, x, p, s), "adapter output, scaled"), "projection with adapter"
     )
     result = ops.to(tape, result, given, "projection with adapter, cast back")
-    return result
+    return result  # noqa: RET504 - the name lets go of what it held before
 
 
 def down_up(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
@@ -325,7 +359,7 @@ def lora_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
     else:
         output = ops.scale(tape, down_up(tape, x, p, s), "adapter output, scaled")
     result = ops.add(tape, result, output, "projection with adapter")
-    return result
+    return result  # noqa: RET504 - the name lets go of what it held before
 
 
 def conv1d(tape: Tape, x: Tensor, p: Projection) -> Tensor:
@@ -400,31 +434,62 @@ def layer_type(a: Attention) -> str:
     return "full_attention" if a.sliding_window is None else "sliding_attention"
 
 
+# q, k, v and what else the attention's forward keeps in locals
+_Heads = tuple["Tensor", "Tensor", "Tensor", list["Tensor"]]
+
+
 def self_attention(
     tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared
 ) -> tuple[Tensor, Tensor | None]:
     """The attention module: projections, norms of q and k, rotary embedding, the kernel, the output projection."""
     a = layer.attention
     if a.mla is not None:
-        raise NotImplementedError("latent attention")
-    q, k, v = _fused(tape, x, layer, held, s) if a.qkv is not None else _separate(tape, x, a, held, s)
+        return _latent_attention(tape, x, layer, held, s, shared)
+    q, k, v, whole = _fused(tape, x, layer, held, s) if a.qkv is not None else _separate(tape, x, layer, held, s)
     tape.scope = "self_attn"
     kind = layer_type(a)
-    kept: list[Tensor] = []
+    parts: list[Tensor] = []
     if a.rotary_dim:
-        q, k, kept = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
-    out, weights = kernels.attend(tape, q, k, v, a, s.kernel, shared.masks.get(kind))
+        q, k, parts = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
+    mask = shared.masks.get(kind)
+    if layer.family == "falcon" and s.kernel != "eager":
+        out, weights = kernels.scaled_dot_product_attention(tape, q, k, v, s, mask, grouped=False), None
+        out = ops.merge_heads(tape, out)
+    else:
+        out, weights = kernels.attend(tape, q, k, v, a, s, mask)
     tape.scope = a.o
     out = project(tape, out, held.projections[a.o], s)
-    del kept
-    return out, weights  # q, k and v are locals of the module's forward until here
+    if layer.family in _DROPS_INSIDE:
+        out = ops.dropout(tape, out, a.output_dropout)
+    del whole, q, k, v, parts  # locals of the module's forward until here
+    return out, weights
 
 
-def _separate(tape: Tape, x: Tensor, a: Attention, held: Held, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def _latent_attention(
+    tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared
+) -> tuple[Tensor, Tensor | None]:
+    a = layer.attention
+    q, k, v, kept = latent.queries_keys_values(tape, x, layer, held, s, shared)
+    tape.scope = "self_attn"
+    out, weights = kernels.attend(tape, q, k, v, a, s, shared.masks.get(layer_type(a)))
+    tape.scope = a.o
+    out = project(tape, out, held.projections[a.o], s)
+    del kept, q, k, v
+    return out, weights
+
+
+# Families whose attention drops its own output; elsewhere the layer does.
+_DROPS_INSIDE = frozenset({"gpt2", "gpt_bigcode", "gptj", "seed_oss", "starcoder2"})
+
+
+def _separate(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Heads:
     """q, k and v from a projection each, normalised before or after they are cut into heads."""
+    a = layer.attention
     assert a.q is not None
     assert a.k is not None
     assert a.v is not None
+    late = layer.family in _LATE_HEADS or a.qk_norm_over == "all"
+    later = layer.family in _LATE_NORMS
     parts = []
     for name, norm_name, heads, size in (
         (a.q, a.q_norm, a.num_heads, a.head_dim),
@@ -433,35 +498,63 @@ def _separate(tape: Tape, x: Tensor, a: Attention, held: Held, s: Settings) -> t
     ):
         tape.scope = name
         part = project(tape, x, held.projections[name], s)
-        shape = (s.batch, heads, s.seq, size)
-        if norm_name is None:
-            part = ops.heads(tape, part, shape)
-        elif a.qk_norm_over == "all":
-            part = ops.heads(tape, norm(tape, part, held.norms[norm_name]), shape)
-        else:
-            part = norm(tape, ops.heads(tape, part, shape), held.norms[norm_name])
+        if layer.family == "opt" and name == a.q:
+            part = ops.scale(tape, part, "q, scaled")
+        if norm_name is not None and a.qk_norm_over == "all":
+            part = norm(tape, part, held.norms[norm_name])
+        if not late:
+            part = ops.heads(tape, part, (s.batch, heads, s.seq, size))
+        if norm_name is not None and a.qk_norm_over != "all" and not later:
+            part = norm(tape, part, held.norms[norm_name])
         parts.append(part)
         del part
+    if late:
+        for i, part in enumerate(parts):
+            parts[i] = ops.heads(tape, part, _head_shape(part, i, a, s))
+            del part
+    if later and a.q_norm is not None and a.k_norm is not None:
+        parts[0] = norm(tape, parts[0], held.norms[a.q_norm])
+        parts[1] = norm(tape, parts[1], held.norms[a.k_norm])
     q, k, v = parts
-    return q, k, v
+    return q, k, v, []
 
 
-def _fused(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v out of one projection: views of its output."""
+# Families whose forward projects q, k and v before it cuts any of them into heads.
+_LATE_HEADS = frozenset({"olmo", "opt", "stablelm"})
+
+
+# Families that normalise q and k when all three are cut into heads.
+_LATE_NORMS = frozenset({"apertus", "cohere", "exaone4", "gemma3_text", "glm4_moe", "phi", "stablelm"})
+
+
+def _head_shape(part: Tensor, i: int, a: Attention, s: Settings) -> tuple[int, ...]:
+    size = a.value_head_dim if i == 2 else a.head_dim
+    return (s.batch, part.shape[-1] // size, s.seq, size)
+
+
+def _fused(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Heads:
+    """q, k and v out of one projection: views of its output, or copies beside it."""
     a = layer.attention
     assert a.qkv is not None
     tape.scope = a.qkv
     qkv = project(tape, x, held.projections[a.qkv], s)
-    b, t = s.batch, s.seq
-    flat = [(b, t, n * a.head_dim) for n in (a.num_heads, a.num_key_value_heads, a.num_key_value_heads)]
-    cut = ops.split(tape, qkv, flat) if layer_splits(layer) else [ops.part(tape, qkv, shape) for shape in flat]
-    q, k, v = (ops.heads(tape, part, (b, part.shape[-1] // a.head_dim, t, a.head_dim)) for part in cut)
-    return q, k, v
-
-
-def layer_splits(layer: Layer) -> bool:
-    """Whether the fused projection is cut by split or chunk (one gradient) or by slices (one each)."""
-    return layer.attention.qkv != "self_attn.qkv_proj"
+    b, t, d = s.batch, s.seq, a.head_dim
+    counts = (a.num_heads, a.num_key_value_heads, a.num_key_value_heads)
+    if layer.family == "gpt_neox":  # each head's q, k and v side by side
+        heads = ops.heads(tape, qkv, (b, a.num_heads, t, 3 * d))
+        q, k, v = ops.split(tape, heads, [(b, n, t, d) for n in counts])
+        return q, k, v, []
+    flat = [(b, t, n * d) for n in counts]
+    if layer.family == "falcon":
+        rows = ops.view(tape, qkv, (b, t, sum(counts), d))
+        q = ops.part(tape, rows, (b, counts[0], t, d))
+        q.merged = True
+        k, v = (ops.index(tape, rows, (b, n, t, d)) for n in counts[1:])
+        return q, k, v, [qkv]
+    sliced = layer.family == "phi3"
+    cut = [ops.part(tape, qkv, shape) for shape in flat] if sliced else ops.split(tape, qkv, flat)
+    k, v, q = (ops.heads(tape, cut[i], (b, counts[i], t, d)) for i in (1, 2, 0))
+    return q, k, v, []
 
 
 # --- MLP ----------------------------------------------------------------------------------------------------------
@@ -471,55 +564,26 @@ def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings) -> Tensor:
     """Gated (`down(act(gate(x)) * up(x))`), with gate and up fused, or plain (`down(act(up(x)))`)."""
     if m.gate_up is not None:
         tape.scope = m.gate_up
-        both = project(tape, x, held.projections[m.gate_up], s)
-        half = (*both.shape[:-1], m.intermediate_size)
-        gate, up = ops.split(tape, both, [half, half])
-        up = ops.mul(tape, up, activation(tape, gate, m.activation), "gated")
+        up = project(tape, x, held.projections[m.gate_up], s)
+        half = (*up.shape[:-1], m.intermediate_size)
+        gate, up = ops.split(tape, up, [half, half])
+        up = ops.mul(tape, up, activations.activation(tape, gate, m.activation), "gated")
         tape.scope = m.down
-        return project(tape, up, held.projections[m.down], s)
+        out = project(tape, up, held.projections[m.down], s)
+        del up, gate
+        return out
     assert m.up is not None
     if m.gate is not None:
         tape.scope = m.gate
-        inner = activation(tape, project(tape, x, held.projections[m.gate], s), m.activation)
+        inner = activations.activation(tape, project(tape, x, held.projections[m.gate], s), m.activation)
         tape.scope = m.up
         inner = ops.mul(tape, inner, project(tape, x, held.projections[m.up], s), "gated")
     else:
         tape.scope = m.up
         inner = project(tape, x, held.projections[m.up], s)
-        inner = activation(tape, inner, m.activation)
+        inner = activations.activation(tape, inner, m.activation)
     tape.scope = m.down
     return project(tape, inner, held.projections[m.down], s)
-
-
-def activation(tape: Tape, x: Tensor, name: str) -> Tensor:
-    """An activation by its transformers name."""
-    if name in ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_fast_tanh", "quick_gelu"):
-        return ops.unary(tape, x, name)
-    if name == "relu":
-        return ops.unary(tape, x, name, saves="result")
-    if name in ("gelu_new", "gelu_fast"):
-        return gelu_new(tape, x)
-    if name == "relu2":
-        return square_any(tape, ops.unary(tape, x, "relu", saves="result"))
-    return ops.unary(tape, x, name)
-
-
-def square_any(tape: Tape, x: Tensor) -> Tensor:
-    """`torch.square`: pow, saved input; autocast runs pow in float32."""
-    return square(tape, ops.to(tape, x, "fp32", "float32 copy") if tape.autocast else x)
-
-
-def gelu_new(tape: Tape, x: Tensor) -> Tensor:
-    """NewGELUActivation: `0.5 * x * (1.0 + tanh(sqrt(2 / pi) * (x + 0.044715 * pow(x, 3.0))))`, op by op."""
-    half = ops.scale(tape, x, "half")
-    wide = ops.to(tape, x, "fp32", "float32 copy") if tape.autocast else x
-    cube = ops.scale(tape, square(tape, wide), "cube, scaled")
-    del wide
-    inner = ops.scale(tape, ops.add(tape, x, cube), "tanh argument")
-    del cube
-    bent = ops.shift(tape, ops.unary(tape, inner, "tanh", saves="result"), "1 + tanh")
-    del inner
-    return ops.mul(tape, half, bent, "gelu")
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------
@@ -527,22 +591,27 @@ def gelu_new(tape: Tape, x: Tensor) -> Tensor:
 
 def decoder_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
     """One decoder layer; `x` is [B, T, H], held by the caller."""
+    if layer.family in _LAYERS:
+        return _LAYERS[layer.family](tape, x, layer, held, s, shared)
     if layer.parallel:
         return _parallel_layer(tape, x, layer, held, s, shared)
     residual = x
     hidden = _norm(tape, residual, layer.attention_norm, held)
-    hidden, weights = self_attention(tape, hidden, layer, held, s, shared)  # `weights` stay until the layer returns
+    hidden, _weights = self_attention(tape, hidden, layer, held, s, shared)  # `_weights` stay until the layer returns
     if layer.attention_post_norm is not None:
         hidden = _norm(tape, hidden, layer.attention_post_norm, held)
-    hidden = ops.dropout(tape, hidden, layer.attention.output_dropout)
+    if layer.family not in _DROPS_INSIDE:
+        hidden = ops.dropout(tape, hidden, layer.attention.output_dropout)
     hidden = _add_residual(tape, residual, hidden, layer)
     residual = hidden
     hidden = _norm(tape, residual, layer.mlp_norm, held)
     hidden = _feed_forward(tape, hidden, layer, held, s)
+    if layer.family == "gpt_oss":
+        _weights = None  # the MLP returns a second value too, under the same name
     if layer.mlp_post_norm is not None:
         hidden = _norm(tape, hidden, layer.mlp_post_norm, held)
     hidden = _add_residual(tape, residual, hidden, layer)
-    return hidden
+    return hidden  # noqa: RET504 - the name lets go of what it held before
 
 
 def _add_residual(tape: Tape, residual: Tensor, hidden: Tensor, layer: Layer) -> Tensor:
@@ -552,14 +621,96 @@ def _add_residual(tape: Tape, residual: Tensor, hidden: Tensor, layer: Layer) ->
 
 
 def _parallel_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
-    """Attention and MLP read the same input (gpt_neox, phi, falcon, cohere, gptj)."""
-    first = _norm(tape, x, layer.attention_norm, held)
-    second = first if layer.mlp_norm == layer.attention_norm else None
-    attended, weights = self_attention(tape, first, layer, held, s, shared)  # `weights` stay until the layer returns
-    if second is None:
-        second = _norm(tape, x, layer.mlp_norm, held)
-    fed = _feed_forward(tape, second, layer, held, s)
+    """Attention and MLP read the same input (gpt_neox, phi, cohere, gptj)."""
+    given = [_norm(tape, x, layer.attention_norm, held)]
+    second = given[0] if layer.mlp_norm == layer.attention_norm else None
+    attended, _weights = self_attention(tape, given.pop(), layer, held, s, shared)
+    if layer.family not in _DROPS_INSIDE:
+        attended = ops.dropout(tape, attended, layer.attention.output_dropout)
+    fed = _feed_forward(tape, second if second is not None else _norm(tape, x, layer.mlp_norm, held), layer, held, s)
+    if layer.family in ("cohere", "cohere2"):
+        return ops.add(tape, ops.add(tape, x, attended, "residual and attention"), fed, "residual")
     return ops.add(tape, ops.add(tape, fed, attended, "both branches"), x, "residual")
+
+
+def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """FalconDecoderLayer: in parallel the branches are added in place; all stays in locals until it returns."""
+    residual = x
+    first = _norm(tape, x, layer.attention_norm, held)
+    second = first
+    if layer.parallel and layer.mlp_norm != layer.attention_norm:
+        second = _norm(tape, x, layer.mlp_norm, held)
+    attended, _weights = self_attention(tape, first, layer, held, s, shared)
+    if not layer.parallel:
+        residual = ops.add(tape, residual, ops.dropout(tape, attended, layer.attention.output_dropout), "residual")
+        second = _norm(tape, residual, layer.mlp_norm, held)
+    fed = _feed_forward(tape, second, layer, held, s)
+    if layer.parallel:
+        fed = ops.add_(tape, fed, attended)
+    return ops.add(tape, residual, fed, "residual")
+
+
+def _gpt2_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """GPT2Block: the attention's output stays in a local until the block returns."""
+    hidden = _norm(tape, x, layer.attention_norm, held)
+    attended, _weights = self_attention(tape, hidden, layer, held, s, shared)
+    hidden = ops.add(tape, attended, x, "residual")
+    residual = hidden
+    hidden = _norm(tape, hidden, layer.mlp_norm, held)
+    fed = _feed_forward(tape, hidden, layer, held, s)
+    hidden = ops.add(tape, residual, fed, "residual")
+    del residual
+    del attended
+    return hidden
+
+
+def _opt_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """OPTDecoderLayer: norms before the branches, or after the additions; the MLP runs in the layer's forward."""
+    before = not layer.post_norm_residual
+    hidden = _norm(tape, x, layer.attention_norm, held) if before else x
+    hidden, _weights = self_attention(tape, hidden, layer, held, s, shared)
+    hidden = ops.dropout(tape, hidden, layer.attention.output_dropout)
+    hidden = ops.add(tape, x, hidden, "residual")
+    if not before:
+        hidden = _norm(tape, hidden, layer.attention_norm, held)
+    residual = hidden = ops.view(tape, hidden, (s.batch * s.seq, hidden.shape[-1]))
+    if before:
+        hidden = _norm(tape, hidden, layer.mlp_norm, held)
+    assert isinstance(layer.mlp, Mlp)
+    assert layer.mlp.up is not None
+    tape.scope = layer.mlp.up
+    hidden = project(tape, hidden, held.projections[layer.mlp.up], s)
+    hidden = activations.activation(tape, hidden, layer.mlp.activation)
+    tape.scope = layer.mlp.down
+    hidden = project(tape, hidden, held.projections[layer.mlp.down], s)
+    hidden = ops.dropout(tape, hidden, layer.mlp.dropout)
+    hidden = ops.view(tape, ops.add(tape, residual, hidden, "residual"), x.shape)
+    return hidden if before else _norm(tape, hidden, layer.mlp_norm, held)
+
+
+def _stablelm_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """StableLmDecoderLayer: the first norm's output and the attention's stay in locals until it returns."""
+    residual = x
+    hidden = _norm(tape, x, layer.attention_norm, held)
+    attended, _weights = self_attention(tape, hidden, layer, held, s, shared)
+    if layer.parallel:
+        fed = _feed_forward(tape, hidden, layer, held, s)
+        return ops.add(tape, ops.add(tape, residual, attended, "residual and attention"), fed, "residual")
+    residual = ops.add(tape, residual, attended, "residual")
+    fed = _feed_forward(tape, _norm(tape, residual, layer.mlp_norm, held), layer, held, s)
+    hidden = ops.add(tape, residual, fed, "residual")
+    del residual
+    del attended
+    return hidden
+
+
+_LAYERS = {
+    "falcon": _falcon_layer,
+    "gpt2": _gpt2_layer,
+    "gpt_bigcode": _gpt2_layer,
+    "opt": _opt_layer,
+    "stablelm": _stablelm_layer,
+}
 
 
 def _norm(tape: Tape, x: Tensor, name: str | None, held: Held) -> Tensor:
@@ -573,9 +724,34 @@ def _feed_forward(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) 
     if isinstance(layer.mlp, Mlp):
         out = mlp(tape, x, layer.mlp, held, s)
         return ops.dropout(tape, out, layer.mlp.dropout)
-    raise NotImplementedError("mixture of experts")
+    return mixture(tape, x, layer, layer.mlp, held, s)
 
 
-def token_count(s: Settings) -> int:
-    """Tokens of one micro-step."""
-    return prod((s.batch, s.seq))
+def mixture(tape: Tape, x: Tensor, layer: Layer, m: Moe, held: Held, s: Settings) -> Tensor:
+    """The sparse block: router, experts, and the experts that all tokens share."""
+    rows = (s.batch * s.seq, x.shape[-1])
+    if m.shared is not None and m.shared_gate is None:
+        return _with_shared_experts(tape, x, rows, layer, m, m.shared, held, s)
+    flat = ops.view(tape, x, rows)
+    shared = mlp(tape, flat, m.shared, held, s) if m.shared is not None else None
+    logits, weights, ids = moe.route(tape, flat, m, held, layer.family)
+    out = moe.experts(tape, flat, weights, m, held, s, layer.family)
+    if shared is not None and m.shared_gate is not None:
+        tape.scope = m.shared_gate
+        opened = ops.unary(tape, project(tape, flat, held.projections[m.shared_gate], s), "sigmoid", saves="result")
+        shared = ops.mul(tape, opened, shared, "shared expert, gated")
+        out = ops.add(tape, out, shared, "output of all experts")
+    out = ops.view(tape, out, x.shape)
+    del flat, shared, logits, weights, ids
+    return out
+
+
+def _with_shared_experts(
+    tape: Tape, x: Tensor, rows: tuple[int, int], layer: Layer, m: Moe, shared: Mlp, held: Held, s: Settings
+) -> Tensor:
+    """DeepseekV3MoE: router and experts each on a view of their own, the shared experts on the block's input."""
+    logits, weights, ids = moe.route(tape, ops.view(tape, x, rows), m, held, layer.family)
+    out = moe.experts(tape, ops.view(tape, x, rows), weights, m, held, s, layer.family)
+    out = ops.add(tape, ops.view(tape, out, x.shape), mlp(tape, x, shared, held, s), "output of all experts")
+    del logits, weights, ids
+    return out

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vramplan.planner.catalog import Gpu
+    from vramplan.planner.stack import Stack
 
 _MIB = 2**20
+GIVES_BACK = (2, 15)  # from this torch on, a matrix product gives its workspace back (read in its source, not measured)
 WITHOUT_GPU = (9, 0)  # a plan that names no GPU takes the rules of the one whose context is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU's share of the answer. `context_measured`: on this very GPU, not on another."""
+    """A GPU's share of the answer. `context_measured`: on this very GPU, not on another.
+
+    NVML counts against a GPU what the driver keeps for itself, CUDA does not: `hidden_bytes`, part of `context_bytes`.
+    """
 
     capability: tuple[int, int] | None  # None: not CUDA
     context_bytes: int
+    hidden_bytes: int
     context_source: str
     context_measured: bool
     workspace_bytes: int
@@ -36,21 +42,25 @@ def _calibrations() -> list[dict[str, object]]:
     return rows
 
 
-def device(gpu: Gpu | None) -> Device:
+def device(gpu: Gpu | None, stack: Stack | None = None) -> Device:
     """The rules of `gpu`, or those of a Hopper card where none, or one without a compute capability, is named."""
     rows = _calibrations()
     name = gpu.name if gpu else ""
     own = next((row for row in rows if row["gpu"] == name), None)
     row = own or rows[0]
-    context = row["context_bytes"]
+    context = row["process_bytes"]
     assert isinstance(context, int)
+    hidden = gpu.driver_bytes - gpu.budget_bytes if gpu is not None and gpu.driver_bytes is not None else 0
+    if gpu is None:
+        hidden = int(str(row["hidden_bytes"]))
     capability: tuple[int, int] | None = WITHOUT_GPU
     if gpu is not None and gpu.vendor == "AMD":
         capability = None
     elif gpu is not None and gpu.compute_capability:
         major, minor = gpu.compute_capability.split(".")
         capability = (int(major), int(minor))
-    return Device(capability, context, str(row["how"]), own is not None, workspace_bytes(capability))
+    kept = stack is None or stack.torch < GIVES_BACK
+    return Device(capability, context + hidden, hidden, str(row["how"]), own is not None, workspace_bytes(capability) if kept else 0)
 
 
 def workspace_bytes(capability: tuple[int, int] | None) -> int:

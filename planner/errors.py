@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,12 +16,17 @@ class UsageError(ValueError):
 
 def shown(value: object) -> str:
     """`value` as it stands in an error: quoted, printable and at most 80 characters long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an int of thousands of digits, or an object of the caller's whose repr fails
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
 
 def nearest(value: str, names: Iterable[str], n: int = 3) -> list[str]:
     """The `n` names closest to `value`, best first; empty when nothing is close."""
+    import difflib  # only an error needs it, and every command would wait for it
+
     by_key: dict[str, str] = {}
     for name in names:
         by_key.setdefault(name.lower(), name)

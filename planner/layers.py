@@ -194,7 +194,8 @@ class Layer:
     The four norms are module names or None; a `*_post_norm` is applied to the branch's output before the residual is
     added. `post_norm_residual` (opt-350m) applies attention_norm and mlp_norm after the residual addition instead.
     `parallel`: attention and MLP read the same residual and are added together; where both norm names are equal, the
-    norm runs once. `scaled_residual`: each branch is multiplied by a scalar before the addition.
+    norm runs once. `scaled_residual`: each branch is multiplied by a scalar before the addition. `family` is the
+    model type whose code runs the layer.
     """
 
     modules: tuple[Module, ...]
@@ -207,6 +208,7 @@ class Layer:
     parallel: bool = False
     scaled_residual: bool = False
     post_norm_residual: bool = False
+    family: str = "llama"
 
     @property
     def numel(self) -> int:

@@ -132,18 +132,40 @@ def _quantise(run: Run, numel: int, itemsize: int, name: str, first: bool) -> li
 
 
 def _adapter(run: Run) -> list[int]:
-    """PEFT makes adapter weights in the base layer's dtype and casts them to float32 (cast_adapter_dtype)."""
-    new, s = run.program.new, run.settings
+    """PEFT makes adapter weights in the base weight's dtype and casts them to float32 (cast_adapter_dtype).
+
+    A 4-bit weight has the dtype that it was quantised from, whatever k-bit preparation made of the others. SFTTrainer
+    casts adapters on a quantised base once more, one by one (trl/trainer/sft_trainer.py).
+    """
+    dtypes = _base_dtypes(run)
     events: list[int] = []
-    narrow: list[int] = []
-    if s.frozen_dtype != "fp32":
-        narrow = [new(p.numel * ITEMSIZE[s.weights_dtype], "adapter weight, uncast", "", p.name) for p in run.parameters]
-        events += [2 * i for i in narrow]
-    for i, p in enumerate(run.parameters):
-        events.append(2 * new(p.numel * ITEMSIZE[p.dtype], "adapter weight", "adapter", p.name))
-        if narrow:
-            events.append(2 * narrow[i] + 1)
+
+    def make(i: int) -> int:
+        p = run.parameters[i]
+        made = run.program.new(p.numel * ITEMSIZE[dtypes[i]], "adapter weight", "adapter", p.name)
+        events.append(2 * made)
+        return made
+
+    ids = [make(i) for i in range(len(dtypes))]
+    for dtype in ("fp32", run.settings.adapter_dtype):
+        for i, old in enumerate(ids):
+            if dtypes[i] != dtype:
+                dtypes[i] = dtype
+                ids[i] = make(i)
+                events.append(2 * old + 1)
     return events
+
+
+def _base_dtypes(run: Run) -> list[str]:
+    """For each adapter weight, the dtype of the weight that it adapts."""
+    s = run.settings
+    found: dict[int, list[str]] = {}
+    for held in run.layers:
+        if id(held) not in found:
+            narrow = {id(w) for p in held.projections.values() if p.quantised for w in (p.lora_a, p.lora_b)}
+            found[id(held)] = [s.weights_dtype if id(p) in narrow else s.frozen_dtype for p in held.parameters]
+    inner = [dtype for held in run.layers for dtype in found[id(held)]]
+    return inner + [s.frozen_dtype] * (len(run.parameters) - len(inner))
 
 
 def _modules(run: Run) -> Iterator[tuple[str, Module, int | None]]:

@@ -6,15 +6,19 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vramplan.planner import blocks, units
+from vramplan.planner import blocks, trl, units
 from vramplan.planner.allocator import Allocator
 from vramplan.planner.device import device
+from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
+from vramplan.planner.trainer import TRAINERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
+    from vramplan.planner.allocator import Replay
+    from vramplan.planner.attention import Kernel
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
@@ -41,12 +45,13 @@ SOURCES = {
 }
 
 
-# what the head and the loss make (around.py)
+# what the head and the loss make (around.py, trl.py)
 LOGITS = frozenset(
     (
         "logits", "logits, float32", "logits, scaled", "logits, capped", "logits, divided by the cap",
         "logits, float32 copy of the outputs", "log-probabilities", "gradient of log-probabilities",
         "gradient of the logits, float32", "gradient of the logits", "labels, padded",
+        *trl.TILES,
     )
 )  # fmt: skip
 
@@ -74,14 +79,16 @@ class Moment:
 class MemoryEstimate:
     """What a run needs on one GPU, in bytes; `components` are alive at the peak and sum to it exactly.
 
-    `paged_bytes` are optimizer states in managed memory, which the driver moves off the GPU when room is short: they
-    are in none of the other figures.
+    `context_bytes` is as the driver's tools show it; `hidden_bytes` of it are what the driver keeps for itself, beyond
+    what CUDA counts as the GPU's memory. `paged_bytes` are optimizer states in managed memory, which the driver moves
+    off the GPU when room is short: they are in none of the other figures.
     """
 
     components: tuple[Component, ...]
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     context_bytes: int
+    hidden_bytes: int
     peak_phase: str
     loaded_bytes: int
     ready_bytes: int
@@ -91,8 +98,13 @@ class MemoryEstimate:
 
     @property
     def device_bytes(self) -> int:
-        """What the device must have free for this process: reserved memory and the CUDA context."""
+        """What nvidia-smi shows for a GPU with this process alone: reserved memory and the CUDA context."""
         return self.peak_reserved_bytes + self.context_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The same in CUDA's count, to be held against the memory that CUDA sees on a GPU."""
+        return self.device_bytes - self.hidden_bytes
 
 
 def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
@@ -105,7 +117,7 @@ def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
         weights_dtype=options.weights_dtype,
         autocast=autocast,
         compute_dtype=autocast or options.weights_dtype,
-        adapter_dtype="fp32",
+        adapter_dtype=TRAINERS[options.trainer].adapter_dtype(options.method),
         rank=options.rank,
         lora_dropout=options.lora_dropout,
         double_quant=options.double_quant,
@@ -113,10 +125,11 @@ def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
         checkpointing=options.gradient_checkpointing,
         kernel=_kernel(options, on),
         masked=options.padded,
+        capability=on.capability or (9, 0),
     )
 
 
-def _kernel(options: TrainingOptions, on: Device) -> blocks.kernels.Kernel:
+def _kernel(options: TrainingOptions, on: Device) -> Kernel:
     if options.attention == "eager":
         return "eager"
     if options.attention == "flash_attention_2":
@@ -134,6 +147,7 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
         options.gradient_accumulation_steps,
         _quantised(architecture, options),
         on.workspace_bytes,
+        TRAINERS[options.trainer],
     )
 
 
@@ -141,17 +155,17 @@ def estimate(
     architecture: Architecture, options: TrainingOptions, gpu: Gpu | None, stack: Stack, counts: ParameterCounts
 ) -> MemoryEstimate:
     """Plays the run and replays it through the allocator."""
-    on = device(gpu)
+    on = device(gpu, stack)
     run = run_of(architecture, options, on, counts)
     program = run.program
     allocator = Allocator(expandable_segments=options.expandable_segments)
     load, prepare, adapt = run.loading
-    loaded = allocator.replay(load.events, program.sizes)
-    prepared = allocator.replay(prepare.events, program.sizes)
+    loaded = _replayed(allocator, load, program)
+    _replayed(allocator, prepare, program)
     if prepare.events:
         allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
-    ready = allocator.replay(adapt.events, program.sizes)
-    reserved = max(each.peak_reserved_bytes for each in (loaded, prepared, ready))
+    ready = _replayed(allocator, adapt, program)
+    reserved = ready.reserved_bytes  # of the training step: what loading cached for a moment is given back by now
     stretches = [load, prepare, adapt]
     best, until, at = -1, 0, 0
     timeline: tuple[Moment, ...] = ()
@@ -160,7 +174,7 @@ def estimate(
         moments = []
         before = reserved
         for stretch in played:
-            result = allocator.replay(stretch.events, program.sizes)
+            result = _replayed(allocator, stretch, program)
             moments.append(Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
             if result.peak_allocated_bytes > best:
                 best, until, at = result.peak_allocated_bytes, len(stretches), result.peak_allocated_event
@@ -172,10 +186,11 @@ def estimate(
             break  # a step that needed no more than the one before: the next is the same
     phase, held = stretches[until].name, _alive_at(stretches, until, at)
     return MemoryEstimate(
-        components=_components(program, held, best),
+        components=_components(program, held, best, SOURCES | TRAINERS[options.trainer].sources),
         peak_allocated_bytes=best,
         peak_reserved_bytes=reserved,
         context_bytes=on.context_bytes,
+        hidden_bytes=on.hidden_bytes,
         peak_phase=phase,
         loaded_bytes=loaded.allocated_bytes,
         ready_bytes=ready.allocated_bytes,
@@ -183,6 +198,14 @@ def estimate(
         paged_bytes=run.paged_bytes,
         notes=_notes(run, options, on, gpu),
     )
+
+
+def _replayed(allocator: Allocator, stretch: Stretch, program: Program) -> Replay:
+    result = allocator.replay(stretch.events, program.sizes)
+    if result.out_of_memory:
+        asked = units.format_bytes(result.out_of_memory.requested_bytes)
+        raise UsageError(f"a tensor of {asked} finds no room on any machine; lower --batch-size or --seq-len")
+    return result
 
 
 def _quantised(architecture: Architecture, options: TrainingOptions) -> list[frozenset[str]]:
@@ -216,20 +239,20 @@ def _part(program: Program, tensor: int) -> str:
     return "saved activations" if tensor in program.saved else "temporary buffers"
 
 
-def _components(program: Program, held: Iterable[int], total: int) -> tuple[Component, ...]:
+def _components(program: Program, held: Iterable[int], total: int, sources: Mapping[str, str]) -> tuple[Component, ...]:
     """The tensors alive at the peak, by part; what the allocator's blocks add is a part of its own."""
     groups: dict[str, Counter[tuple[str, int]]] = {}
     for tensor in held:
         found = groups.setdefault(_part(program, tensor), Counter())
         found[program.labels[tensor], program.sizes[tensor]] += 1
     rows: list[Component] = []
-    for name, source in SOURCES.items():
+    for name, source in sources.items():
         if name in groups:
             nbytes = sum(size * n for (_, size), n in groups[name].items())
             rows.append(Component(name, nbytes, _formula(groups[name]), source))
     rounding = total - sum(row.bytes for row in rows)
     if rounding:
-        rows.append(Component("block rounding", rounding, "blocks less the bytes asked for", SOURCES["block rounding"]))
+        rows.append(Component("block rounding", rounding, "blocks less the bytes asked for", sources["block rounding"]))
     return tuple(rows)
 
 
@@ -261,5 +284,7 @@ def _notes(run: Run, options: TrainingOptions, on: Device, gpu: Gpu | None) -> t
     elif not on.context_measured:
         notes.append(f"the CUDA context is not measured on {gpu.title}; an H200's is used, and yours may differ")
     if options.attention == "sdpa" and s.kernel == "flash":
-        notes.append(f"sdpa is planned with the flash kernel, as PyTorch takes it on {gpu.title if gpu else 'this GPU'}")
+        notes.append(
+            f"sdpa is planned with the flash kernel, as PyTorch takes it on {gpu.title if gpu else 'this GPU'}"
+        )
     return tuple(notes)

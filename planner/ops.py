@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from vramplan.planner.paper import ITEMSIZE, Parameter, Tape, Tensor
+from vramplan.planner.paper import ITEMSIZE, Parameter, Tape, Tensor, column_sum_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,9 +65,9 @@ def operand(tape: Tape, weight: Tensor | Parameter) -> Tensor:
     """
     if isinstance(weight, Tensor):
         return lower(tape, weight)
-    if tape.autocast is None or weight.dtype != "fp32":
+    if tape.autocast in (None, weight.dtype):
         return weight.tensor()
-    if not weight.requires_grad:
+    if not weight.requires_grad or weight.dtype != "fp32":
         return to(tape, weight.tensor(), tape.autocast, "weight cast by autocast")
     kept = tape.cache.get(id(weight))
     if kept is None:
@@ -77,8 +77,8 @@ def operand(tape: Tape, weight: Tensor | Parameter) -> Tensor:
 
 
 def lower(tape: Tape, x: Tensor) -> Tensor:
-    """An activation as autocast hands it to a matrix product: cast down from float32."""
-    if tape.autocast is None or x.dtype != "fp32":
+    """An activation as autocast hands it to a matrix product: in autocast's dtype."""
+    if tape.autocast in (None, x.dtype):
         return x
     return to(tape, x, tape.autocast, "input cast by autocast")
 
@@ -95,38 +95,21 @@ def broadcast(a: Shape, b: Shape) -> Shape:
     return tuple(max(x, y) for x, y in zip(a, b, strict=True))
 
 
-def fitted(tape: Tape, grad: Tensor, shape: Shape, dtype: str) -> Tensor:
-    """A gradient summed to its input's shape and cast to its dtype (engine.cpp, validate_outputs)."""
-    return to(tape, _reduced(tape, grad, shape), dtype, "cast of a gradient")
-
-
-def _reduced(tape: Tape, grad: Tensor, shape: Shape) -> Tensor:
-    """A gradient summed down to a broadcast operand's shape (sum_to_size)."""
-    if prod(shape) == grad.numel:
-        return grad
-    return tape.new(shape, grad.dtype, "sum of a gradient")
-
-
 def mul(tape: Tape, a: Tensor, b: Tensor | Parameter, label: str = "product", dtype: str | None = None) -> Tensor:
     """`a * b`; each operand is saved where the other needs a gradient."""
     b = b.tensor() if isinstance(b, Parameter) else b
     shape = broadcast(a.shape, b.shape)
     dtype = promote(a.dtype, b.dtype)
-    a_shape, b_shape, a_dtype, b_dtype = a.shape, b.shape, a.dtype, b.dtype
     needs_a, needs_b = a.node is not None, b.node is not None
 
     def backward(grads: Grads, _: Grads) -> Grads:
         merged = layout(grads)
         other = tape.new(shape, dtype, "gradient of a product", merged) if needs_b else None
         mine = tape.new(shape, dtype, "gradient of a product", merged) if needs_a else None
-        # the engine brings both to their inputs' shapes and dtypes afterwards (validate_outputs)
-        if mine is not None:
-            mine = fitted(tape, mine, a_shape, a_dtype)
-        if other is not None:
-            other = fitted(tape, other, b_shape, b_dtype)
         return [mine, other]
 
-    node = tape.node((a, b), backward, (b if needs_a else None, a if needs_b else None))
+    fits = () if a.shape == b.shape and a.dtype == b.dtype else ((a.shape, a.dtype), (b.shape, b.dtype))
+    node = tape.node((a, b), backward, (b if needs_a else None, a if needs_b else None), fits=fits)
     return done(tape.new(shape, dtype, label, (a if a.shape == shape else b).merged), node)
 
 
@@ -148,18 +131,29 @@ def add(tape: Tape, a: Tensor, b: Tensor | Parameter, label: str = "sum") -> Ten
     b = b.tensor() if isinstance(b, Parameter) else b
     shape = broadcast(a.shape, b.shape)
     dtype = promote(a.dtype, b.dtype)
-    facts = ((a.node is not None, a.shape, a.dtype), (b.node is not None, b.shape, b.dtype))
+    needs_a, needs_b = a.node is not None, b.node is not None
+    fits = () if a.shape == b.shape and a.dtype == b.dtype else ((a.shape, a.dtype), (b.shape, b.dtype))
+    node = tape.node(
+        (a, b), lambda g, _: [g[0] if needs_a else None, g[0] if needs_b else None], fits=fits
+    )  # fmt: skip
+    return done(tape.new(shape, dtype, label, a.merged), node)
+
+
+def sub(tape: Tape, a: Tensor, b: Tensor, label: str = "difference") -> Tensor:
+    """`a - b`: nothing saved; b's gradient is negated, then summed to its shape (SubBackward0)."""
+    shape, dtype = a.shape, a.dtype
 
     def backward(grads: Grads, _: Grads) -> Grads:
-        out: Grads = [None, None]
-        for i in (1, 0):
-            needs, its_shape, its_dtype = facts[i]
-            if needs and grads[0] is not None:
-                out[i] = fitted(tape, grads[0], its_shape, its_dtype)
-        return out
+        return [grads[0], tape.new(shape, dtype, "gradient, negated", layout(grads))]
 
-    node = tape.node((a, b), backward)
+    node = tape.node((a, b), backward, fits=((a.shape, a.dtype), (b.shape, b.dtype)))
     return done(tape.new(shape, dtype, label, a.merged), node)
+
+
+def add_(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """`a += b`: in a's memory."""
+    node = tape.node((a, b), lambda g, _: [g[0], g[0]])
+    return Tensor(a.storage, a.shape, a.dtype, node)
 
 
 def unary(tape: Tape, x: Tensor, label: str, saves: str = "input", dtype: str | None = None) -> Tensor:
@@ -175,6 +169,22 @@ def unary(tape: Tape, x: Tensor, label: str, saves: str = "input", dtype: str | 
         return done(out, tape.node((x,), backward, (out,)))
     node = tape.node((x,), backward, (x,) if saves == "input" else ())
     return done(tape.new(shape, kind, label, x.merged), node)
+
+
+def square(tape: Tape, x: Tensor) -> Tensor:
+    """`x.pow(2)`: backward takes `grad * (2 * x.pow(1))`, two temporaries and the gradient (PowBackward0)."""
+    shape, dtype = x.shape, x.dtype
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        power = tape.new(shape, dtype, "x to the power 1")
+        twice = tape.new(shape, dtype, "2x")
+        grad = tape.new(shape, dtype, "gradient of a square", layout(grads))
+        del twice
+        del power
+        return [grad]
+
+    node = tape.node((x,), backward, (x,))
+    return done(tape.new(shape, dtype, "square", x.merged), node)
 
 
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
@@ -210,6 +220,57 @@ def _viewed(x: Tensor, shape: Shape, node: Node | None, nr: int = 0) -> Tensor:
     return out
 
 
+def index(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """`x[..., [i], :]`: a copy; its gradient is put into zeros of the whole (IndexBackward0)."""
+    whole, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(whole, dtype, "gradient of a selection")])
+    return done(tape.new(shape, dtype, "selection"), node)
+
+
+def gather(tape: Tape, x: Tensor, shape: Shape, ids: Tensor | None = None) -> Tensor:
+    """`x[ids]` by rows: a copy; saves `ids`; the gradient is put into zeros of the whole (IndexBackward0)."""
+    whole, dtype = x.shape, x.dtype
+    rows = shape[0]
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        grad = tape.new(whole, dtype, "gradient of a selection")
+        linear = tape.new((rows,), "int64", "indices, linear")  # index_put_ with accumulation sorts them
+        tape.moment(24 * rows, "indices, sorted")
+        del linear
+        return [grad]
+
+    node = tape.node((x,), backward, (ids,))
+    return done(tape.new(shape, dtype, label="selection"), node)
+
+
+def masked_fill(tape: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """`x.masked_fill(mask, 0)`: a copy, and a copy of the gradient; the mask is saved."""
+    shape, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(shape, dtype, "gradient, masked")], (mask,))
+    return done(tape.new(shape, dtype, "masked"), node)
+
+
+def masked_fill_(tape: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """`x.masked_fill_(mask, 0)`: in x's memory; the gradient is copied."""
+    shape, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(shape, dtype, "gradient, masked")], (mask,))
+    return Tensor(x.storage, shape, dtype, node)
+
+
+def clamp(tape: Tape, x: Tensor, bounds: int) -> Tensor:
+    """`x.clamp(...)` with one bound or two: saves its input; backward compares with each bound (ClampBackward1)."""
+    shape, dtype = x.shape, x.dtype
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        inside = [tape.new(shape, "bool", "within a bound") for _ in range(bounds)]
+        grad = tape.new(shape, dtype, "gradient of a clamp")
+        del inside
+        return [grad]
+
+    node = tape.node((x,), backward, (x,))
+    return done(tape.new(shape, dtype, "clamped"), node)
+
+
 def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """`x.split` or `x.chunk`: views; one gradient of the whole is put together from the parts (SplitBackward)."""
     whole, dtype = x.shape, x.dtype
@@ -229,6 +290,26 @@ def cat(tape: Tape, parts: Sequence[Tensor], shape: Shape, label: str = "concate
     return done(tape.new(shape, parts[0].dtype, label), node)
 
 
+def empty(tape: Tape, shape: Shape, dtype: str, label: str) -> Tensor:
+    """`new_empty`."""
+    return tape.new(shape, dtype, label)
+
+
+def copy_into(tape: Tape, base: Tensor, x: Tensor) -> Tensor:
+    """`base[...] = x`: in base's memory; the gradient of the whole is copied, then x's part of it (CopySlices)."""
+    whole, shape, dtype = base.shape, x.shape, x.dtype
+    needs_base = base.node is not None
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        rest = tape.new(whole, dtype, "gradient of a whole, copied")
+        mine = tape.new(shape, dtype, "gradient of a part, copied")
+        if needs_base:
+            tape.moment(mine.nbytes, "zeros")
+        return [rest if needs_base else None, mine]
+
+    return Tensor(base.storage, whole, dtype, tape.node((base, x), backward))
+
+
 def copy(tape: Tape, x: Tensor, label: str = "copy") -> Tensor:
     """`clone`: a fresh tensor, laid out alike; the gradient passes through."""
     node = tape.node((x,), lambda g, _: [g[0]])
@@ -239,6 +320,23 @@ def contiguous(tape: Tape, x: Tensor, label: str = "copy") -> Tensor:
     """A copy in the order of its shape; the gradient passes through."""
     node = tape.node((x,), lambda g, _: [g[0]])
     return done(tape.new(x.shape, x.dtype, label), node)
+
+
+def view(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """`x.view(shape)`: the gradient is a view too."""
+    whole = x.shape
+
+    def backward(grads: Grads, _: Grads) -> Grads:
+        return [None if grads[0] is None else Tensor(grads[0].storage, whole, grads[0].dtype).aliased()]
+
+    return Tensor(x.storage, shape, x.dtype, tape.node((x,), backward))
+
+
+def regrouped(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """A view with its dimensions permuted: the way back copies the gradient (ViewBackward0, reshape)."""
+    whole, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(whole, dtype, "gradient, put in order")])
+    return Tensor(x.storage, shape, dtype, node)
 
 
 def heads(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
@@ -280,6 +378,8 @@ def repeat_kv(tape: Tape, x: Tensor, times: int) -> Tensor:
     b, h, t, d = x.shape
     dtype = x.dtype
     node = tape.node((x,), lambda g, _: [tape.new((b, h, t, d), dtype, "gradient of repeated heads", layout(g))])
+    if h == 1:  # one head is repeated by a stride of 0: no copy
+        return Tensor(x.storage, (b, times, t, d), dtype, node)
     return done(tape.new((b, h * times, t, d), dtype, "heads repeated"), node)
 
 
@@ -287,7 +387,12 @@ def repeat_kv(tape: Tape, x: Tensor, times: int) -> Tensor:
 
 
 def linear(
-    tape: Tape, x: Tensor, weight: Parameter, out_features: int, bias: Parameter | None = None, label: str = "projection"
+    tape: Tape,
+    x: Tensor,
+    weight: Parameter | Tensor,
+    out_features: int,
+    bias: Parameter | None = None,
+    label: str = "projection",
 ) -> Tensor:
     """`F.linear`: saves its input where the weight is trained and the weight where the input needs a gradient.
 
@@ -304,12 +409,17 @@ def linear(
     def backward(_: Grads, __: Grads) -> Grads:
         into_a = into_m = None
         if biased and needs_a:
-            into_a = tape.new(a_shape, dtype, "gradient of an input").aliased()  # rows are unfolded again by a view
+            into_a = _unfolded(tape.new(a_shape, dtype, "gradient of an input"))
         if needs_m:
             into_m = tape.new(m_shape, dtype, "gradient of a weight").aliased()  # of the transpose
         if not biased and needs_a:
-            into_a = tape.new(a_shape, dtype, "gradient of an input").aliased()
-        return [into_a, into_m, tape.new((out_features,), dtype, "gradient of a bias") if needs_c else None]
+            into_a = _unfolded(tape.new(a_shape, dtype, "gradient of an input"))
+        into_c = None
+        if needs_c:
+            into_c = tape.new((out_features,), dtype, "gradient of a bias")
+            rows = prod(a_shape[:-1])
+            tape.moment(column_sum_bytes(rows, out_features, tape.multiprocessors), "buffer of a sum")
+        return [into_a, into_m, into_c]
 
     kept = (a if needs_m else None, m if needs_a else None)
     node = tape.node((a, m, c), backward, kept if biased else kept[::-1])
@@ -317,6 +427,11 @@ def linear(
     out = tape.new((*a_shape[:-1], out_features), dtype, label)
     del a, m, c  # the casts, if any, go in the reverse of their order
     return done(out, node)
+
+
+def _unfolded(grad: Tensor) -> Tensor:
+    """The gradient of a linear layer's input: rows of more than two dimensions are unfolded again by a view."""
+    return grad.aliased() if len(grad.shape) > 2 else grad
 
 
 def matmul(tape: Tape, a: Tensor, b: Tensor, shape: Shape, label: str) -> Tensor:
@@ -344,12 +459,13 @@ def matmul(tape: Tape, a: Tensor, b: Tensor, shape: Shape, label: str) -> Tensor
 
     node = tape.node((a, b), backward, (b if needs_a else None, a if needs_b else None))
     out = done(tape.new(shape, dtype, label), node)
+    del a, b, low_a, low_b
     return done(out, tape.node((out,), unflat))
 
 
 def _flattens(x: Tensor) -> bool:
     """Whether [B, N, T, D] is [B * N, T, D] by a view."""
-    return x.shape[0] == 1 or not x.merged or x.one_row and (x.shape[1] == 1 or x.shape[2] == 1)
+    return x.shape[0] == 1 or not x.merged or x.shape[1] == 1 or x.shape[2] == 1
 
 
 def _flat(tape: Tape, x: Tensor) -> Tensor:

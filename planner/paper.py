@@ -31,7 +31,10 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1,
 class Tape:
     """The events of one stretch of a step, and the modes it runs in (autocast, gradients, recomputation)."""
 
-    __slots__ = ("autocast", "cache", "events", "frame", "grad", "labels", "saved", "scope", "scopes", "seq", "sizes")
+    __slots__ = (
+        "autocast", "cache", "events", "frame", "grad", "labels", "multiprocessors", "saved", "scope", "scopes", "seq",
+        "sizes",
+    )  # fmt: skip
 
     def __init__(self, autocast: str | None = None) -> None:
         self.events: list[int] = []
@@ -45,6 +48,7 @@ class Tape:
         self.frame: Frame | None = None  # the checkpointed call that is running, if one is
         self.scope = ""
         self.seq = 0
+        self.multiprocessors = 132  # of the GPU (H100, H200); sets how many thread blocks share a sum
 
     def new(self, shape: Shape, dtype: str, label: str, merged: bool = False) -> Tensor:
         """A fresh tensor of `shape`; `label` says which op made it, `merged` how it lies in memory (Tensor)."""
@@ -68,8 +72,12 @@ class Tape:
         backward: Callable[..., Sequence[Tensor | None]],
         saved: Sequence[Tensor | None] = (),
         outputs: int = 1,
+        fits: Sequence[tuple[Shape, str]] = (),
     ) -> Node | None:
-        """A backward node, or None where no input needs a gradient. `saved` stands in the order of release."""
+        """A backward node, or None where no input needs a gradient. `saved` stands in the order of release.
+
+        `fits` gives the shape and dtype of each input where the gradients may come in others.
+        """
         if not self.grad:
             return None
         edges = [None if i is None else i.edge() for i in inputs]
@@ -78,8 +86,8 @@ class Tape:
         self.seq += 1
         kept = list(saved)
         if self.frame is not None and any(t is not None for t in kept):
-            return self.frame.node(self, edges, backward, kept, outputs)
-        return Node(self.seq, edges, backward, self.mark(kept), outputs)
+            return self.frame.node(self, edges, backward, kept, outputs, fits)
+        return Node(self.seq, edges, backward, self.mark(kept), outputs, fits=fits)
 
     def mark(self, kept: list[Tensor | None]) -> list[Tensor | None]:
         """Remembers that these storages are held for backward; returns them."""
@@ -210,7 +218,7 @@ ACCUMULATE = 1 << 62  # AccumulateGrad has the highest sequence number: it runs 
 class Node:
     """One backward function with its edges and what it saved."""
 
-    __slots__ = ("backward", "edges", "frame", "outputs", "saved", "seq")
+    __slots__ = ("backward", "edges", "fits", "frame", "outputs", "saved", "seq")
 
     def __init__(
         self,
@@ -220,6 +228,7 @@ class Node:
         saved: list[Tensor | None],
         outputs: int = 1,
         frame: Frame | None = None,
+        fits: Sequence[tuple[Shape, str]] = (),
     ) -> None:
         self.seq = seq
         self.edges = edges
@@ -227,6 +236,7 @@ class Node:
         self.saved = saved
         self.outputs = outputs
         self.frame = frame
+        self.fits = fits
 
 
 class Frame:
@@ -254,10 +264,11 @@ class Frame:
         backward: Callable[..., Sequence[Tensor | None]],
         kept: list[Tensor | None],
         outputs: int,
+        fits: Sequence[tuple[Shape, str]],
     ) -> Node:
         """A node of the call: without its tensors the first time, handing them over when recomputed."""
         if not self.again:
-            node = Node(tape.seq, edges, backward, [], outputs, self)
+            node = Node(tape.seq, edges, backward, [], outputs, self, fits)
             self.nodes.append(node)
             return node
         self.nodes[self.filled].saved = tape.mark(kept)
@@ -308,7 +319,7 @@ def _rename(storage: Storage, label: str, scope: str) -> None:
     storage.tape.scopes[storage.id] = scope
 
 
-def _sum(tape: Tape, old: Tensor, new: Tensor) -> Tensor:
+def _sum(tape: Tape, old: Tensor) -> Tensor:
     """Adds a second gradient to one that waits for its node: in place where nobody else holds that memory.
 
     A view made while gradients are off keeps its base, so that its storage has two holders (input_buffer.cpp,
@@ -317,6 +328,47 @@ def _sum(tape: Tape, old: Tensor, new: Tensor) -> Tensor:
     if old.storage is not None and old.storage.holders == 1 and not old.alias:
         return old
     return tape.new(old.shape, old.dtype, "gradient sum", old.merged)
+
+
+def _fitted(tape: Tape, grad: Tensor | None, shape: Shape, dtype: str) -> Tensor | None:
+    """A gradient summed to its input's shape and cast to its dtype (engine.cpp, validate_outputs)."""
+    if grad is None:
+        return None
+    if prod(shape) != grad.numel:
+        rows, columns = grad.numel // prod(shape), prod(shape)
+        merged = grad.merged
+        given, grad = grad, tape.new(shape, grad.dtype, "sum of a gradient", merged)
+        if shape[-1] == given.shape[-1]:
+            tape.moment(column_sum_bytes(rows, columns, tape.multiprocessors), "buffer of a sum")
+        del given
+    if grad.dtype != dtype:
+        grad = tape.new(shape, dtype, "cast of a gradient", grad.merged)
+    return grad
+
+
+def column_sum_bytes(rows: int, columns: int, multiprocessors: int) -> int:
+    """The buffer in which thread blocks add up the columns of [rows, columns], 0 where one block does.
+
+    aten/src/ATen/native/cuda/Reduce.cuh (setReduceConfig, global_memory_size) for outputs taken four at a time.
+    """
+    outputs = columns // 4
+    if columns % 4 or not outputs:
+        return 0
+    width = min(_last_power_of_two(min(outputs, 128)), 32)
+    height = min(_last_power_of_two(min(rows, 128)), 128 // width)
+    if rows < 16 * height and rows < 256:
+        return 0
+    values = -(-rows // height)
+    grid = -(-outputs // width)
+    target = multiprocessors * (2048 // (width * height))
+    if values < 256 or grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    return 4 * columns * blocks * width * 4 if blocks > 1 else 0
+
+
+def _last_power_of_two(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 def _release(tensors: list[Tensor | None]) -> None:
@@ -360,10 +412,10 @@ def backward(tape: Tape, roots: list[tuple[Node, int, Tensor]], stops: Sequence[
             continue
         node = nodes[key]
         grads = buffers.pop(key)
-        for grad in grads:
-            if grad is not None and grad.storage is not None:
-                grad.storage.holders -= 1
-        del grad
+        for arrived in grads:
+            if arrived is not None and arrived.storage is not None:
+                arrived.storage.holders -= 1
+        del arrived
         frame = node.frame
         if frame is not None and not frame.again:
             frame.recompute(tape)
@@ -374,12 +426,14 @@ def backward(tape: Tape, roots: list[tuple[Node, int, Tensor]], stops: Sequence[
         if frame is not None:
             node.saved.reverse()
             _release(node.saved)
+        results = list(out)
+        del out
+        for i, (shape, dtype) in enumerate(node.fits):
+            results[i] = _fitted(tape, results[i], shape, dtype)
         _release(grads)
         _release(node.saved)
         if frame is not None:
             frame.done()
-        results = list(out)
-        del out
         for i, edge in enumerate(node.edges):
             if edge is None:
                 continue
@@ -393,7 +447,7 @@ def backward(tape: Tape, roots: list[tuple[Node, int, Tensor]], stops: Sequence[
                     if result.storage is not None:
                         result.storage.holders += 1
                 else:
-                    slot[nr] = total = _sum(tape, old, result)
+                    slot[nr] = total = _sum(tape, old)
                     if total is not old:
                         old.storage.holders -= 1  # type: ignore[union-attr]
                         total.storage.holders += 1  # type: ignore[union-attr]

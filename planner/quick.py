@@ -35,7 +35,7 @@ def peak_bytes(run: Run) -> int:
     """The highest sum of 512-byte blocks in a step after the first, when states and workspaces are there."""
     s, sizes = run.settings, run.program.sizes
     held = held_bytes(run)
-    held += 3 * run.accumulation * block_bytes(8 * s.batch * s.seq)  # token ids, mask and labels of a step
+    held += len(run.trainer.batch) * run.accumulation * block_bytes(8 * s.batch * s.seq)
     held += 2 * run.workspace_bytes + (CUBLASLT_BYTES * (1 + s.checkpointing) if run.uses_cublaslt else 0)
     held += sum(change(stretch.events, sizes)[0] for stretch in run.update(first=True))
     highest = now = held

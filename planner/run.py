@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vramplan.planner import blocks, loading, optimizer, step
-from vramplan.planner.paper import Parameter, Tape, Tensor
+from vramplan.planner import blocks, loading, optimizer, step, trl
+from vramplan.planner.allocator import block_bytes
+from vramplan.planner.paper import Parameter, Tape
 from vramplan.planner.step import NOWHERE
+from vramplan.planner.trainer import TRANSFORMERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Architecture
     from vramplan.planner.parameters import ParameterCounts
+    from vramplan.planner.trainer import Trainer
 
 
 @dataclass(slots=True)
@@ -103,13 +106,14 @@ class Run:
 
     def __init__(
         self, architecture: Architecture, s: Settings, counts: ParameterCounts, optimizer_name: str, accumulation: int,
-        quantised: Sequence[frozenset[str]], workspace_bytes: int,
+        quantised: Sequence[frozenset[str]], workspace_bytes: int, trainer: Trainer = TRANSFORMERS,
     ) -> None:  # fmt: skip
         self.architecture = architecture
         self.settings = s
         self.accumulation = accumulation
         self.optimizer = optimizer.get(optimizer_name)
         self.workspace_bytes = workspace_bytes
+        self.trainer = trainer
         self.program = Program()
         self._adapted = _adapted(architecture, counts)
         self.quantised = quantised
@@ -213,7 +217,7 @@ class Run:
             pieces.append(piece)
             dtype = _dtype_of(piece.sizes[piece.made], s, a.hidden_size)
             needs = needs or bool(piece.backward)
-        return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs)
+        return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs, self.trainer)
 
     def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
         a, s, program = self.architecture, self.settings, self.program
@@ -230,6 +234,7 @@ class Run:
             current = at + piece.made
             if s.checkpointing:  # the input of the next layer's recomputation
                 program.saved.add(current)
+                program.labels[current] = "layer input, kept to recompute the layer"
         outside = {around.hidden: current}
         gradient = base + around.grad
         for piece, at, link in reversed(list(zip(pieces, bases, links, strict=True))):
@@ -284,6 +289,8 @@ class Run:
         """
         labels, new = self.program.labels, self.program.new
         out = list(stretches)
+        if not self.workspace_bytes:
+            return out
 
         def insert(name: str, position: int, made: int) -> None:
             at = next(i for i, stretch in enumerate(out) if stretch.name == name)
@@ -311,7 +318,7 @@ class Run:
         first = number == 0
         out = [Stretch("batch", self._fetch())]
         grads: list[int] = []
-        for micro in range(self.accumulation):
+        for micro in range(min(self.accumulation, PLAYED)):
             stretches, made = self.micro_step(again=micro > 0)
             out += self._with_workspaces(stretches) if first and micro == 0 else stretches
             grads = grads or made
@@ -327,11 +334,11 @@ class Run:
         """The micro-batches of a step move to the GPU; then those of the last step go."""
         s, program = self.settings, self.program
         rows = s.batch * s.seq
-        made = [
-            program.new(8 * rows, name, "batch")
-            for _ in range(self.accumulation)
-            for name in ("input_ids", "attention_mask", "labels")
-        ]
+        singly = min(self.accumulation, PLAYED)
+        made = [program.new(8 * rows, name, "batch") for _ in range(singly) for name in self.trainer.batch]
+        if self.accumulation > singly:
+            rest = (self.accumulation - singly) * len(self.trainer.batch)
+            made.append(program.new(rest * block_bytes(8 * rows), "the other micro-batches", "batch"))
         events = [2 * i for i in made] + [2 * i + 1 for i in self._batch]
         self._batch = made
         return events
@@ -345,9 +352,7 @@ class Run:
         return self._collect("")
 
     def _optimize(self, first: bool) -> list[int]:
-        optimizer.play(
-            self._outside, self.optimizer, self.parameters, self._states, first, embeddings=self._embeddings
-        )
+        optimizer.play(self._outside, self.optimizer, self.parameters, self._states, first, embeddings=self._embeddings)
         return self._collect("optimizer states" if first else "")
 
     def _collect(self, part: str) -> list[int]:
@@ -369,8 +374,9 @@ class Run:
         return events
 
 
+PLAYED = 3  # micro-steps of a step: from the second on they are alike
 CUBLASLT_BYTES = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE; seen on an H200 with torch 2.11
-_PRODUCTS = ("gradient of an input", "gradient of a weight")
+_PRODUCTS = ("gradient of an input", "gradient of a weight", *trl.AFTER_A_PRODUCT)
 
 
 def _dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:

@@ -18,7 +18,8 @@ from vramplan.planner.paper import Node, Storage, Tape, Tensor, backward, checkp
 if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Architecture, Layer
-    from vramplan.planner.paper import Parameter
+    from vramplan.planner.paper import Shape
+    from vramplan.planner.trainer import Trainer
 
 NOWHERE = -1
 
@@ -49,15 +50,22 @@ def _external(tape: Tape, nbytes: int, label: str) -> Storage:
     return storage
 
 
+def _given(tape: Tape, shape: Shape, dtype: str, label: str) -> Tensor:
+    """A tensor that another piece has allocated."""
+    return Tensor(_external(tape, ops.bytes_of(shape, dtype), label), shape, dtype)
+
+
 def play_layer(
-    layer: Layer, held: Held, s: Settings, shared: blocks.Shared, dtype: str, hidden_size: int, needs_grad: bool, again: bool
-) -> Piece:
+    layer: Layer, held: Held, s: Settings, shared: blocks.Shared, dtype: str, hidden_size: int, needs_grad: bool,
+    again: bool,
+) -> Piece:  # fmt: skip
     """One layer, forward and backward; `again`: its parameters have gradients from an earlier micro-step."""
     tape = Tape(s.autocast)
     shape = (s.batch, s.seq, hidden_size)
-    source = Node(0, [], lambda g, _: [], [])
-    x = Tensor(_external(tape, ops.bytes_of(shape, dtype), "hidden states"), shape, dtype, source if needs_grad else None)
-    local = shared.of(blocks.layer_type(layer.attention), lambda t, name: Tensor(_external(tape, t.nbytes, name), t.shape, t.dtype))
+    source = Node(0, [], lambda _, __: [], [])
+    x = _given(tape, shape, dtype, "hidden states")
+    x.node = source if needs_grad else None
+    local = shared.of(blocks.layer_type(layer.attention), lambda t, name: _given(tape, t.shape, t.dtype, name))
     shared_ids = local.ids()
     for parameter in held.parameters:
         parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
@@ -79,9 +87,8 @@ def play_layer(
     grad_made = NOWHERE
     grad_given = len(tape.sizes)
     if node is not None:
-        root = (node, nr, Tensor(_external(tape, ops.bytes_of(out_shape, out_dtype), "gradient of hidden states"), out_shape, out_dtype))
-        roots = [root]
-        del root, node
+        roots = [(node, nr, _given(tape, out_shape, out_dtype, "gradient of hidden states"))]
+        del node
         tape.autocast = None
         into = backward(tape, roots, [source])
         if into[0] is not None and into[0].storage is not None:
@@ -92,7 +99,8 @@ def play_layer(
         back = ()
     grads = tuple(p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None)
     piece = Piece(
-        ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved), 0, made, grad_given, grad_made, grads, shared_ids
+        ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved),
+        0, made, grad_given, grad_made, grads, shared_ids,
     )  # fmt: skip
     for parameter in held.parameters:
         parameter.grad = None
@@ -125,19 +133,22 @@ def shared(architecture: Architecture, s: Settings, dtype: str) -> blocks.Shared
 
 
 def play_around(
-    architecture: Architecture, held: Held, s: Settings, inner_dtype: str, outer_dtype: str, again: bool, layers_need_grad: bool,
+    architecture: Architecture, held: Held, s: Settings, inner_dtype: str, outer_dtype: str, again: bool,
+    layers_need_grad: bool, trainer: Trainer,
 ) -> Around:  # fmt: skip
     """Embedding, final norm, head and loss, forward and backward, with a hole where the layers run."""
     tape = Tape(s.autocast)
-    b, t, h, v = s.batch, s.seq, architecture.hidden_size, architecture.vocab_size
+    b, t, h = s.batch, s.seq, architecture.hidden_size
     for parameter in held.parameters:
         parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
         parameter.node = None
     tape.scope = "embeddings"
-    embeds = around.embed(tape, architecture, held, s)
+    embeds, kept_embeds = around.embed(tape, architecture, held, s)
     embeds_id = embeds.storage.id if embeds.storage is not None else NOWHERE
     shared = around.prepare(tape, architecture, s, embeds.dtype)
     shared_ids = shared.ids()
+    embeds_node, embeds_edge = embeds.node, embeds.edge()
+    del embeds
     m1 = len(tape.events)
     hidden_storage = _external(tape, ops.bytes_of((b, t, h), outer_dtype), "hidden states")
     hidden_id = hidden_storage.id
@@ -157,35 +168,30 @@ def play_around(
         grad_embeds_id = storage.id
         return [Tensor(storage, (b, t, h), inner_dtype)]
 
-    embeds_node = embeds.node
     tape.seq += 1
     layers_node = None
     if layers_need_grad:
-        layers_node = Node(tape.seq, [embeds.edge()], through_layers, [])
+        layers_node = Node(tape.seq, [embeds_edge], through_layers, [])
     hidden = Tensor(hidden_storage, (b, t, h), outer_dtype, layers_node)
     del hidden_storage
-    # embeds stays in the model's frame (inputs_embeds) until the base model returns
+    last = hidden if architecture.model_type in around.KEEPS_LAST_HIDDEN else None
     for module in architecture.final:
         tape.scope = module.name
         if module.kind == "norm":
             hidden = blocks.norm(tape, hidden, held.norms[module.name])
         elif module.kind == "linear":
             hidden = blocks.project(tape, hidden, held.projections[module.name], s)
-    del embeds, shared
+    if architecture.model_type in around.KEEPS_MASK_ARGUMENTS:
+        del shared, kept_embeds
+    else:
+        del kept_embeds, shared
+    del last  # locals of the base model's forward
     tape.scope = architecture.output.name
-    logits = around.head(tape, architecture, hidden, held, s)
-    loss, loss_node = around.causal_lm_loss(tape, logits, b * t, v)
+    outputs = [trainer.forward(tape, architecture, hidden, held)]
     del hidden
     tape.end_autocast()
     left = len(tape.events)
-    if s.autocast is not None:
-        tape.scope = "outputs"
-        outputs = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
-        del logits
-        del outputs
-    else:
-        del logits
-    del loss
+    loss_node = trainer.loss(tape, outputs)
     grad_id = NOWHERE
     if loss_node is not None:
         roots = [(loss_node, 0, Tensor(None, (), "fp32"))]
@@ -197,7 +203,7 @@ def play_around(
         grad_id = kept[0].id
     grads = [p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None]
     split = (m1, left, after[0] if after else len(tape.events))
-    embeds_node = None  # the graph goes when training_step returns
+    embeds_node = embeds_edge = None  # the graph goes when training_step returns
     events = tuple(tape.events)  # before what is still held here goes: gradients, and what the layers took over
     for parameter in held.parameters:
         parameter.grad, parameter.node = None, None

@@ -57,10 +57,10 @@ def _history() -> list[list[Any]]:
     for e in torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]:
         label = _label(e.get("frames", []))
         events.append([e["action"], e["addr"], e["size"], labels.setdefault(label, len(labels)), e["stream"]])
-    return [list(labels), events]  # type: ignore[list-item]
+    return [list(labels), events]
 
 
-class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class _Rows(torch.utils.data.Dataset):  # type: ignore[misc]
     """Token rows of `seq_len`; with `padded`, half to all of it, right-padded."""
 
     def __init__(self, vocab: int, seq_len: int, padded: bool, n: int = 64) -> None:
@@ -93,6 +93,8 @@ def _model(config: dict[str, Any], o: dict[str, Any]) -> Any:
     if o["method"] != "qlora":
         with torch.device("cuda"):
             return transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=o["attention"])
+    if o.get("drawn"):
+        return _drawn(cfg, o)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda"):
             model = transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype)
@@ -109,6 +111,55 @@ def _model(config: dict[str, Any], o: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=quant, dtype=dtype, device_map={"": 0}, attn_implementation=o["attention"]
         )
+
+
+def _drawn(cfg: Any, o: dict[str, Any]) -> Any:
+    """A model in 4 bit whose weights are drawn on the GPU one by one and quantised there: any size, no checkpoint."""
+    import bitsandbytes as bnb
+    from transformers.integrations import replace_with_bnb_linear
+
+    dtype = _DTYPES[o["weights_dtype"]]
+    quant = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=o.get("double_quant", True),
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=o["attention"])
+        replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quant)
+    model.tie_weights()
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if id(p) not in made:
+                drawn = torch.randn(p.shape, device="cuda", dtype=dtype)
+                weight = drawn * 0.02
+                del drawn
+                if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+                    new = bnb.nn.Params4bit(
+                        weight, requires_grad=False, quant_type="nf4", compress_statistics=o.get("double_quant", True)
+                    ).to("cuda")
+                else:
+                    new = torch.nn.Parameter(weight, requires_grad=False)
+                del weight
+                made[id(p)] = new
+            setattr(module, name, made[id(p)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cuda"), persistent=False)
+    model.is_quantized, model.is_loaded_in_4bit = True, True
+    model.quantization_method = transformers.utils.quantization_config.QuantizationMethod.BITS_AND_BYTES
+    model.config.quantization_config = quant
+    model.hf_quantizer = transformers.quantizers.auto.AutoHfQuantizer.from_config(quant, pre_quantized=False)
+    return model.train()
+
+
+def _tokenizer() -> Any:
+    """The smallest tokenizer that trl accepts: the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 class _Marks(transformers.TrainerCallback):  # type: ignore[misc]
@@ -181,8 +232,8 @@ def run_case(case: dict[str, Any], record: bool = True) -> dict[str, Any]:
             model = peft.get_peft_model(model, lora)
     note._mark("ready")
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": o["batch_size"], "max_steps": o.get("steps", 3),
-        "learning_rate": 1e-5, "max_grad_norm": 1.0, "bf16": o["mixed_precision"] == "bf16",
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": o["batch_size"], 
+        "max_steps": o.get("steps", 3), "learning_rate": 1e-5, "max_grad_norm": 1.0, "bf16": o["mixed_precision"] == "bf16",
         "fp16": o["mixed_precision"] == "fp16", "optim": o["optimizer"], "report_to": [], "save_strategy": "no",
         "logging_strategy": "no", "gradient_accumulation_steps": o["gradient_accumulation_steps"],
         "gradient_checkpointing": o["gradient_checkpointing"], "disable_tqdm": True,
@@ -199,9 +250,8 @@ def run_case(case: dict[str, Any], record: bool = True) -> dict[str, Any]:
         )
         common.pop("remove_unused_columns")
         args = trl.SFTConfig(**common, max_length=o["seq_len"], packing=False)
-        tokenizer = o["tokenizer"]
         trainer = trl.SFTTrainer(
-            model=model, args=args, train_dataset=data, peft_config=lora, processing_class=tokenizer
+            model=model, args=args, train_dataset=data, peft_config=lora, processing_class=_tokenizer()
         )
     else:
         if o["gradient_checkpointing"] and o["method"] == "lora":
@@ -232,7 +282,7 @@ def clean() -> int:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    return int(torch.cuda.memory_allocated())
 
 
 def main(cases_file: str, out: str) -> None:

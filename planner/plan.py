@@ -1,0 +1,192 @@
+"""A plan: what a training run needs, from a model and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vramplan import __version__
+from vramplan.planner import catalog, memory, optimizer, parameters
+from vramplan.planner.architecture import parse
+from vramplan.planner.device import device
+from vramplan.planner.fit import Fit, fit_on
+from vramplan.planner.parameters import ParameterCounts
+from vramplan.planner.sources import ModelReference, resolve_model
+from vramplan.planner.stack import Stack, parse_stack
+from vramplan.planner.training import TrainingOptions, parse_options, settle
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from vramplan.planner.catalog import Gpu, Model
+    from vramplan.planner.device import Device
+    from vramplan.planner.layers import Architecture
+    from vramplan.planner.memory import MemoryEstimate
+
+_SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one training run needs, and what was assumed to say so.
+
+    `gpu` is the GPU that was named and `fit` the plan on it; `gpus` are all known cards, smallest first. `bundled` is
+    the table's row of the model, where it came from there.
+    """
+
+    model: ModelReference
+    bundled: Model | None
+    architecture: Architecture
+    options: TrainingOptions
+    stack: Stack
+    counts: ParameterCounts
+    memory: MemoryEstimate
+    fit: Fit | None
+    gpus: tuple[Fit, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that was named."""
+        return self.fit.gpu if self.fit else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""
+        memory = self.memory
+        return {
+            "model": {
+                "name": self.model.name,
+                "source": self.model.source,
+                "detail": self.model.detail,
+                "model_type": self.architecture.model_type,
+                "num_hidden_layers": self.architecture.num_hidden_layers,
+                "hidden_size": self.architecture.hidden_size,
+                "vocab_size": self.architecture.vocab_size,
+                "verified": self.bundled.verified if self.bundled else None,
+                "assumed": list(self.architecture.assumed),
+            },
+            "options": {
+                **self.options.as_dict(),
+                "gpu": self.gpu.name if self.gpu else None,
+                "stack": dict(self.stack.versions),
+            },
+            "parameters": {
+                "total": self.counts.total,
+                "trainable": self.counts.trainable,
+                "frozen": self.counts.total if self.options.lora else 0,
+                "adapter_bytes": self.counts.adapter_bytes if self.options.lora else None,
+                "adapted_modules": self.counts.adapted_modules,
+            },
+            "memory": {
+                "components": [
+                    {"name": part.name, "bytes": part.bytes, "formula": part.formula, "source": part.source}
+                    for part in memory.components
+                ],
+                "peak_allocated_bytes": memory.peak_allocated_bytes,
+                "peak_reserved_bytes": memory.peak_reserved_bytes,
+                "context_bytes": memory.context_bytes,
+                "device_bytes": memory.device_bytes,
+                "hidden_bytes": memory.hidden_bytes,
+                "needed_bytes": memory.needed_bytes,
+                "paged_bytes": memory.paged_bytes,
+                "peak_phase": memory.peak_phase,
+                "loaded_bytes": memory.loaded_bytes,
+                "ready_bytes": memory.ready_bytes,
+                "timeline": [
+                    {"phase": moment.phase, "peak_bytes": moment.peak_bytes, "end_bytes": moment.end_bytes}
+                    for moment in memory.timeline
+                ],
+                "notes": list(memory.notes),
+            },
+            "time": {},
+            "gpu": _fit_dict(self.fit) if self.fit else None,
+            "gpus": [_fit_dict(fit) for fit in self.gpus],
+            "cost": [],
+            "warnings": list(self.warnings),
+            "calibration": {},
+            "vramplan_version": __version__,
+        }
+
+
+def plan(
+    model: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    gpu: str | None = None,
+    stack: str | Mapping[str, object] | None = None,
+    **options: object,
+) -> Plan:
+    """What fine-tuning `model` needs.
+
+    `model` is a bundled name, a config.json's path or content, a model folder, or a Hub id; `gpu` a name of the table
+    or a size such as "24GiB"; `stack` the versions to plan for; `options` those of `vramplan --help`, by the same
+    names. Raises UsageError, one sentence that says what to change, for whatever cannot be planned.
+
+    >>> plan("llama-3.1-8b", method="lora", rank=16).counts.trainable
+    41943040
+    """
+    asked = parse_options(options)
+    versions = parse_stack(stack)
+    card = None if gpu is None else catalog.gpu(gpu)
+    reference = resolve_model(model)
+    architecture = parse(reference.config)
+    run, warnings = settle(asked, architecture, card, versions)
+    counts = _count(architecture, run)
+    estimate = memory.estimate(architecture, run, card, versions, counts)
+    uses = _abilities(run)
+    smallest_first = sorted(catalog.gpus(), key=lambda gpu: (gpu.budget_bytes, gpu.name))
+    return Plan(
+        model=reference,
+        bundled=catalog.find_model(reference.name) if reference.source == "bundled" else None,
+        architecture=architecture,
+        options=run,
+        stack=versions,
+        counts=counts,
+        memory=estimate,
+        fit=fit_on(card, estimate.needed_bytes, uses) if card else None,
+        gpus=tuple(fit_on(each, _needed(estimate, device(each, versions)), uses) for each in smallest_first),
+        warnings=(*warnings, *versions.warnings(_packages(run))),
+    )
+
+
+def _count(architecture: Architecture, run: TrainingOptions) -> ParameterCounts:
+    if run.lora:
+        return parameters.count(
+            architecture,
+            run.target_modules,
+            run.rank,
+            lora_dropout=run.lora_dropout,
+            base_dtype=_SAFETENSORS[run.weights_dtype],
+        )
+    total = architecture.total_parameters
+    return ParameterCounts(total, total, targets=(), rank=0, layer_prefix=architecture.layer_prefix, names=())
+
+
+def _needed(estimate: MemoryEstimate, on: Device) -> int:
+    """Bytes of a GPU's budget that a plan takes there: the same reserved memory, and that GPU's own context."""
+    return estimate.peak_reserved_bytes + on.context_bytes - on.hidden_bytes
+
+
+def _packages(run: TrainingOptions) -> list[str]:
+    """The packages whose behaviour this run meets."""
+    bitsandbytes = run.method == "qlora" or optimizer.get(run.optimizer).implementation == "bnb"
+    used = {"peft": run.lora, "bitsandbytes": bitsandbytes, "trl": run.trainer == "trl"}
+    return ["torch", "transformers", "accelerate", *(package for package, needed in used.items() if needed)]
+
+
+def _abilities(run: TrainingOptions) -> list[str]:
+    """What a card must be able to do for this run, as fields of `catalog.Gpu`."""
+    bf16 = "bf16" in (run.weights_dtype, run.mixed_precision)
+    flash = run.attention == "flash_attention_2"
+    return [*(["bf16"] if bf16 else []), *(["flash_attention_2"] if flash else [])]
+
+
+def _fit_dict(fit: Fit) -> dict[str, Any]:
+    return {
+        "name": fit.gpu.name,
+        "fits": fit.fits,
+        "headroom_bytes": fit.headroom_bytes,
+        "needed_bytes": fit.needed_bytes,
+        "budget_bytes": fit.gpu.budget_bytes,
+        "lacks": list(fit.lacks),
+    }

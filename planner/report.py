@@ -1,0 +1,310 @@
+"""The only presenter: plans, models and GPUs for a terminal or as JSON, and errors.
+
+Answers go to stdout, errors to stderr. An answer is a page of blocks. On a terminal rich lays it out, in colour and at
+the terminal's width. Into a pipe or a file it goes as plain text of 80 columns, which takes a tenth of rich's time and
+is the same wherever it was asked for. Colour says nothing that words do not say.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from vramplan.planner.catalog import Gpu, Model
+    from vramplan.planner.fit import Fit
+    from vramplan.planner.plan import Plan
+    from vramplan.planner.training import TrainingOptions
+
+_WIDTH = 80  # where the output is no terminal
+_GAP = "  "  # between columns
+_METHODS = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
+_GROUPS = {"all-linear": "all linear layers", "attention": "attention", "mlp": "the MLP"}
+_FITTING, _TOO_SMALL = 4, 2  # sizes of card that are shown on each side of the limit
+
+
+class Row(NamedTuple):
+    """One line of a block; `style` is rich's, and plain text goes without."""
+
+    cells: tuple[str, ...]
+    style: str = ""
+
+
+class Block(NamedTuple):
+    """Rows in columns, each aligned by its letter of "<>"; text in the last column is wrapped where it is too long."""
+
+    heading: str
+    columns: str
+    rows: list[Row]
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"vramplan: {' '.join(message.split())}", file=sys.stderr)
+
+
+def print_json(data: object) -> None:
+    """`data` as JSON on stdout."""
+    import json
+
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def print_plan(plan: Plan, *, explain: bool = False) -> None:
+    """The plan as text; with `explain`, how each of its memory rows is worked out, and by what source."""
+    top = [Row((title(plan),), "bold")]
+    if plan.fit:
+        top.append(Row((verdict(plan.fit),), "green" if plan.fit.fits else "bold red"))
+    page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
+    if notes := _notes(plan):
+        page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
+    if explain:
+        page.append(_explained(plan))
+    _show(page)
+
+
+def title(plan: Plan) -> str:
+    """The recipe in words: what is trained, on what, how; options at their default go without saying."""
+    run = plan.options
+    method = _METHODS[run.method]
+    if run.lora:
+        names = [_GROUPS.get(name, name) for name in run.target_modules]
+        method += f" r={run.rank} on {', '.join(names)}"
+    extras = ((run.padded, "padded"), *_precision(run), *_settings(run))
+    parts = [
+        plan.model.name,
+        method,
+        f"batch {run.batch_size} x {run.seq_len}",
+        run.optimizer,
+        "checkpointing" if run.gradient_checkpointing else "no checkpointing",
+        *(words for said, words in extras if said),
+        "one GPU",
+    ]
+    return ", ".join(parts)
+
+
+def _precision(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
+    autocast = "no autocast" if run.mixed_precision == "no" else f"{run.mixed_precision} autocast"
+    return (
+        (run.weights_dtype != "bf16", f"{run.weights_dtype} weights"),
+        (run.mixed_precision != "bf16", autocast),
+        (run.method == "qlora" and not run.double_quant, "no double quantisation"),
+        (run.method == "qlora" and not run.prepare_kbit, "no prepare_kbit"),
+    )
+
+
+def _settings(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
+    return (
+        (run.lora_dropout > 0, f"LoRA dropout {run.lora_dropout}"),
+        (run.gradient_accumulation_steps > 1, f"{run.gradient_accumulation_steps} micro-steps"),
+        (run.attention != "sdpa", f"{run.attention} attention"),
+        (run.expandable_segments, "expandable segments"),
+    )
+
+
+def verdict(fit: Fit) -> str:
+    """Whether a plan fits the GPU that was named, and by how much."""
+    share = f"{format_gib(fit.needed_bytes)} of the {format_gib(fit.gpu.budget_bytes)} that CUDA sees"
+    if fit.fits:
+        return f"fits {fit.gpu.name}: {share}, {format_gib(fit.headroom_bytes)} to spare"
+    return f"does not fit {fit.gpu.name}: {share}, {format_gib(-fit.headroom_bytes)} too much"
+
+
+def _parameters(plan: Plan) -> Block:
+    counts = plan.counts
+    rows = [Row(("base model", format_count(counts.total), ""))]
+    if plan.options.lora:
+        share = 100 * counts.trainable / (counts.total + counts.trainable)
+        rows.append(Row(("trainable", format_count(counts.trainable), f"{share:.4f} % of both, as PEFT counts")))
+        size = counts.adapter_bytes
+        rows.append(Row(("adapter file", f"{format_count(size)} B", format_bytes(size))))
+    else:
+        rows.append(Row(("trainable", format_count(counts.trainable), "100 %")))
+    return Block("Parameters", "<><", rows)
+
+
+def _memory(plan: Plan) -> Block:
+    """The parts alive at the peak, then what stands around it; each printed sum is that of the printed rows."""
+    memory = plan.memory
+    digits = 2 if memory.device_bytes >= GIB else 4
+    names, sizes = _shown_parts(plan, digits)
+    allocated, reserved, device = (
+        _scaled(size, digits) for size in (memory.peak_allocated_bytes, memory.peak_reserved_bytes, memory.device_bytes)
+    )
+    rows = [
+        *((name, shown, "") for name, shown in zip(names, rounded(sizes, digits), strict=True)),
+        ("= peak allocated", allocated, "bold"),
+        ("cached by PyTorch, unused", reserved - allocated, ""),
+        ("= peak reserved", reserved, "bold"),
+        ("CUDA context", device - reserved, ""),
+        ("= device total", device, "bold"),
+    ]
+    shown_rows = [Row((name, _decimal(shown, digits)), style) for name, shown, style in rows]
+    return Block(f"Memory at the peak: {memory.peak_phase}", "<>", [Row(("", "GiB"), "dim"), *shown_rows])
+
+
+def _shown_parts(plan: Plan, digits: int) -> tuple[list[str], list[int]]:
+    """The components, those that would print as nothing put together."""
+    parts = plan.memory.components
+    large = [part for part in parts if _scaled(part.bytes, digits) > 0]
+    small = [part for part in parts if _scaled(part.bytes, digits) == 0]
+    names, sizes = [part.name for part in large], [part.bytes for part in large]
+    if small:
+        names.append(small[0].name if len(small) == 1 else f"{len(small)} smaller parts")
+        sizes.append(sum(part.bytes for part in small))
+    return names, sizes
+
+
+def rounded(sizes: Sequence[int], digits: int = 2) -> list[int]:
+    """`sizes` in bytes as whole 10**-digits GiB that add up to their rounded sum: the largest remainders go up."""
+    scale = 10**digits
+    parts = [divmod(size * scale, GIB) for size in sizes]
+    missing = _scaled(sum(sizes), digits) - sum(whole for whole, _ in parts)
+    up = set(sorted(range(len(parts)), key=lambda index: -parts[index][1])[:missing])
+    return [whole + (index in up) for index, (whole, _) in enumerate(parts)]
+
+
+def _scaled(size: int, digits: int) -> int:
+    """Bytes as the nearest whole number of 10**-digits GiB."""
+    scale: int = 10**digits
+    return (2 * size * scale + GIB) // (2 * GIB)
+
+
+def _decimal(scaled: int, digits: int) -> str:
+    whole, rest = divmod(scaled, 10**digits)
+    return f"{whole:,}.{rest:0{digits}d}"
+
+
+def _gpus(fits: Sequence[Fit]) -> Block:
+    """The smallest cards that hold the plan and the largest that do not, cards of one size on one line."""
+    groups = [list(group) for _, group in groupby(fits, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
+    small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
+    large = [group for group in groups if group[0].fits][:_FITTING]
+    rows = [Row(("", "GB", "headroom", ""), "dim")]
+    rows += [Row(("too small", *_card_line(group))) for group in small]
+    rows += [Row(("fits", *_card_line(group))) for group in large]
+    if not large:
+        rows.append(Row(("fits", "", "", "none of the known cards")))
+    lacking = sorted({ability for group in (*small, *large) for fit in group for ability in fit.lacks})
+    if lacking:
+        rows.append(Row(("", "", "", f"* without {' or '.join(lacking)}, which this plan uses"), "dim"))
+    return Block("GPUs", "<>><", rows)
+
+
+def _card_line(group: Sequence[Fit]) -> tuple[str, str, str]:
+    # The least headroom of the line is that of all its cards.
+    names = [fit.gpu.name + "*" * bool(fit.lacks) for fit in group]
+    return str(group[0].gpu.memory_gb), format_gib(min(fit.headroom_bytes for fit in group)), ", ".join(names)
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [*plan.warnings, *plan.memory.notes]
+    if plan.bundled and plan.bundled.verified != "exact":
+        notes.append(f"the parameter count of {plan.model.name} agrees with no published one: its shape was read only")
+    if plan.architecture.assumed:
+        notes.append(f"not in the config, so transformers' defaults: {', '.join(plan.architecture.assumed)}")
+    return notes
+
+
+def _explained(plan: Plan) -> Block:
+    rows = []
+    for part in plan.memory.components:
+        rows.append(Row((f"{format_count(part.bytes)} B", part.name), "bold"))
+        rows += [Row(("", part.formula)), Row(("", part.source), "dim")]
+    return Block("How each row is worked out", "><", rows)
+
+
+# ----------------------------------------------------------------------------------------------------- models and GPUs
+
+
+def print_models(models: Sequence[Model]) -> None:
+    """One line a model."""
+    rows = [Row(("model", "parameters", "context", "type"), "dim")]
+    for model in models:
+        parameters, context = format_count(model.total_parameters), format_count(model.context_length)
+        rows.append(Row((model.name, parameters, context, str(model.config["model_type"]))))
+    _show([Block("", "<>><", rows)])
+
+
+def print_gpus(gpus: Sequence[Gpu]) -> None:
+    """One line a card."""
+    rows = [Row(("GPU", "GB", "budget", "bf16", "architecture"), "dim")]
+    for gpu in gpus:
+        bf16 = {True: "yes", False: "no", None: "?"}[gpu.bf16]
+        rows.append(
+            Row((gpu.name, str(gpu.memory_gb or "?"), format_gib(gpu.budget_bytes), bf16, gpu.architecture or "?"))
+        )
+    _show([Block("", "<>><<", rows)])
+
+
+def fields(rows: Iterable[Any]) -> list[dict[str, Any]]:
+    """Rows of a table, for JSON, with every field."""
+    return [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def _show(page: Sequence[Block]) -> None:
+    """Writes the page at once, so that a full disk or a closed pipe stops it at one place."""
+    text = _rich(page) if sys.stdout.isatty() else "\n".join(plain(page))
+    sys.stdout.write(f"{text}\n")
+
+
+def plain(page: Sequence[Block], width: int = _WIDTH) -> Iterator[str]:
+    """The page's lines, none longer than `width` but for words that are, and none with spaces at its end."""
+    for index, block in enumerate(page):
+        if index:
+            yield ""
+        if block.heading:
+            yield block.heading
+        sides = [max(map(len, column)) for column in zip(*(row.cells[:-1] for row in block.rows), strict=True)]
+        indent = sum(sides) + len(_GAP) * len(sides)
+        last = max((len(row.cells[-1]) for row in block.rows), default=0) if block.columns[-1] == ">" else 0
+        for row in block.rows:
+            cells = [*map(_aligned, row.cells[:-1], block.columns, sides)]
+            first, *more = _wrapped(row.cells[-1].rjust(last), width - indent)
+            yield _GAP.join([*cells, first]).rstrip()
+            yield from (" " * indent + line for line in more)
+
+
+def _aligned(cell: str, align: str, side: int) -> str:
+    return cell.rjust(side) if align == ">" else cell.ljust(side)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    if len(text) <= width:
+        return [text]
+    import textwrap
+
+    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _rich(page: Sequence[Block]) -> str:
+    """The page as rich lays it out for this terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for index, block in enumerate(page):
+            if index:
+                console.print()
+            if block.heading:
+                console.print(Text(block.heading, "bold"))
+            table = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
+            for align in block.columns:
+                table.add_column(justify="right" if align == ">" else "left", no_wrap=align == ">", overflow="fold")
+            for row in block.rows:
+                table.add_row(*map(Text, row.cells), style=row.style)
+            console.print(table)
+    return captured.get().rstrip("\n")

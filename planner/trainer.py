@@ -1,0 +1,56 @@
+"""Whose training loop runs a step: what differs between transformers.Trainer and trl's SFTTrainer, by name.
+
+A trainer says which tensors make a batch, what the model does between the last layer and the loss, what becomes of the
+outputs once autocast has ended, and in which dtype an adapter on a quantised base is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vramplan.planner import around, trl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vramplan.planner.paper import Node, Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What a training loop brings of its own.
+
+    `forward(tape, architecture, hidden, held)` plays the head and whatever of the loss the model computes;
+    `loss(tape, outputs)` the rest, on a list that holds the outputs alone and that it empties, and returns
+    the node that backward starts from. `sources` says what rows of the breakdown stand on, where that differs.
+    """
+
+    batch: tuple[str, ...]
+    forward: Callable[..., Any]
+    loss: Callable[[Tape, list[Any]], Node | None]
+    quantised_adapter: str = "fp32"
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def adapter_dtype(self, method: str) -> str:
+        """The dtype in which an adapter is trained."""
+        return self.quantised_adapter if method == "qlora" else "fp32"
+
+
+TRANSFORMERS = Trainer(
+    batch=("input_ids", "attention_mask", "labels"),
+    forward=around.head_and_loss,
+    loss=around.loss,
+)
+TRL = Trainer(
+    batch=trl.BATCH,
+    forward=trl.forward,
+    loss=trl.loss,
+    quantised_adapter="bf16",
+    sources={
+        "adapter": "trl, sft_trainer.py: PEFT's A and B, bf16 on a quantised base, else float32",
+        "logits and loss": "trl, kernels/chunked_logprob.py: 4,096 positions x 32,768 words at a time",
+        "batch": "SFTTrainer's inputs: token ids, labels and mask, int64",
+    },
+)
+TRAINERS = {"transformers": TRANSFORMERS, "trl": TRL}

@@ -1,0 +1,21 @@
+"""What tests share: Hypothesis profiles and fixtures."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Examples are the same in every run of CI, and never judged by how busy the machine is.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def newest_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for the newest known versions, whatever is installed where the tests run."""
+    from vramplan.planner import stack
+
+    monkeypatch.setattr(stack, "installed", dict)
