@@ -88,13 +88,18 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
 @click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
-def plan(model: str | None, config: str | None, as_json: bool, explain: bool, **options: object) -> int:
+@click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
+@click.option("--timeline", is_flag=True, help="Draw the memory over the step.")
+def plan(
+    model: str | None, config: str | None, as_json: bool, explain: bool, advice: bool, timeline: bool, **options: object
+) -> int:
     """Plan a fine-tuning run of MODEL.
 
     \b
     Examples:
       vramplan plan llama-3.1-8b --method qlora --rank 16
       vramplan plan gpt2 --method full --seq-len 512 --explain
+      vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
     """
     asked: dict[str, Any] = {"model": model, **options}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -107,9 +112,12 @@ def plan(model: str | None, config: str | None, as_json: bool, explain: bool, **
 
     made = make(**asked)
     if as_json:
-        report.print_json(made.to_dict())
+        answer = made.to_dict()
+        if advice:
+            answer["advice"] = [{"change": each.change, "saves_bytes": each.saves_bytes} for each in made.advice()]
+        report.print_json(answer)
     else:
-        report.print_plan(made, explain=explain)
+        report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
     return 1 if made.fit is not None and not made.fit.fits else 0
 
 
@@ -229,7 +237,7 @@ def main(args: Sequence[str] | None = None) -> None:
         code = cli.main(words, prog_name="vramplan", standalone_mode=False) or 0
         sys.stdout.flush()
     except UsageError as error:
-        report.print_error(f"{error}{_meant_command(words)}")
+        report.print_error(f"{error}{_meant_command(words) if str(error).startswith('unknown model') else ''}")
         code = 2
     except click.ClickException as error:
         report.print_error(error.format_message())

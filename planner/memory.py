@@ -171,11 +171,11 @@ def estimate(
     timeline: tuple[Moment, ...] = ()
     for number in range(STEPS):
         played = run.step(number)
-        moments = []
+        moments: list[Moment] = []
         before = reserved
         for stretch in played:
             result = _replayed(allocator, stretch, program)
-            moments.append(Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
+            _note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
             if result.peak_allocated_bytes > best:
                 best, until, at = result.peak_allocated_bytes, len(stretches), result.peak_allocated_event
                 timeline = ()
@@ -198,6 +198,14 @@ def estimate(
         paged_bytes=run.paged_bytes,
         notes=_notes(run, options, on, gpu),
     )
+
+
+def _note(moments: list[Moment], moment: Moment) -> None:
+    """Adds a stretch to the timeline; what follows under the same name belongs to it."""
+    if moments and moments[-1].phase == moment.phase:
+        last = moments.pop()
+        moment = Moment(last.phase, max(last.peak_bytes, moment.peak_bytes), moment.end_bytes)
+    moments.append(moment)
 
 
 def _replayed(allocator: Allocator, stretch: Stretch, program: Program) -> Replay:

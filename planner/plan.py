@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from vramplan.planner.advice import Advice
     from vramplan.planner.catalog import Gpu, Model
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Plan:
     """What one training run needs, and what was assumed to say so.
 
@@ -50,6 +51,12 @@ class Plan:
     def gpu(self) -> Gpu | None:
         """The GPU that was named."""
         return self.fit.gpu if self.fit else None
+
+    def advice(self) -> tuple[Advice, ...]:
+        """What would lower the peak, the best first, and what twice the batch would cost: each change is planned."""
+        from vramplan.planner.advice import advise
+
+        return advise(self.architecture, self.options, self.gpu, self.stack, _count)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""
@@ -89,10 +96,10 @@ class Plan:
                 "device_bytes": memory.device_bytes,
                 "hidden_bytes": memory.hidden_bytes,
                 "needed_bytes": memory.needed_bytes,
-                "paged_bytes": memory.paged_bytes,
                 "peak_phase": memory.peak_phase,
                 "loaded_bytes": memory.loaded_bytes,
                 "ready_bytes": memory.ready_bytes,
+                "paged_bytes": memory.paged_bytes,
                 "timeline": [
                     {"phase": moment.phase, "peak_bytes": moment.peak_bytes, "end_bytes": moment.end_bytes}
                     for moment in memory.timeline

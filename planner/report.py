@@ -11,6 +11,7 @@ import sys
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vramplan.planner.errors import UsageError
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
@@ -58,12 +59,20 @@ def print_json(data: object) -> None:
 # ---------------------------------------------------------------------------------------------------------- the plan
 
 
-def print_plan(plan: Plan, *, explain: bool = False) -> None:
-    """The plan as text; with `explain`, how each of its memory rows is worked out, and by what source."""
+def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timeline: bool = False) -> None:
+    """The plan as text.
+
+    With `explain`, how each of its memory rows is worked out, and by what source; with `advice`, what would lower the
+    peak; with `timeline`, a drawing of the memory over the step.
+    """
     top = [Row((title(plan),), "bold")]
     if plan.fit:
         top.append(Row((verdict(plan.fit),), "green" if plan.fit.fits else "bold red"))
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
+    if advice:
+        page.append(_advice(plan))
+    if timeline:
+        page.append(_timeline(plan))
     if notes := _notes(plan):
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     if explain:
@@ -205,6 +214,69 @@ def _card_line(group: Sequence[Fit]) -> tuple[str, str, str]:
     return str(group[0].gpu.memory_gb), format_gib(min(fit.headroom_bytes for fit in group)), ", ".join(names)
 
 
+def _advice(plan: Plan) -> Block:
+    """Each change with what it does to the peak; the last is twice the batch."""
+    rows = []
+    for each in plan.advice():
+        sign = "-" if each.saves_bytes > 0 else "+"
+        rows.append(Row((f"{sign}{format_gib(abs(each.saves_bytes))}", each.flags)))
+    return Block("What would change the peak, each planned by itself", "><", rows)
+
+
+def _phase(stretch: str) -> str:
+    """Which part of the step a stretch belongs to, for the drawing's axis."""
+    word = stretch.replace(",", "").split()[0]
+    return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
+        word, "update"
+    )
+
+
+def _first_of(names: Iterable[str]) -> list[tuple[int, str]]:
+    """Where each name first stands."""
+    found: dict[str, int] = {}
+    for index, name in enumerate(names):
+        found.setdefault(name, index)
+    return [(index, name) for name, index in found.items()]
+
+
+def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
+    """Allocated memory over the step that holds the peak, one stretch after another, drawn by plotille."""
+    try:
+        "\u28ff".encode(sys.stdout.encoding or "ascii")  # braille: what the drawing is made of
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{sys.stdout.encoding} has no characters to draw --timeline with; set PYTHONUTF8=1, or take it from --json"
+        ) from None
+    import plotille
+
+    moments = plan.memory.timeline
+    phases = [moment.phase for moment in moments]
+    across = [x for index in range(len(moments)) for x in (index + 0.5, index + 1.0)]
+    up = [value / GIB for moment in moments for value in (moment.peak_bytes, moment.end_bytes)]
+    top = max(up)
+    figure = plotille.Figure()
+    figure.width, figure.height, figure.with_colors = width, height, False
+    figure.set_x_limits(0, len(moments))
+    figure.set_y_limits(min(up), top + (top - min(up)) / height)  # room for the peak's mark
+    figure.y_label = figure.x_label = ""
+    figure.y_ticks_fkt = lambda low, _: f"{low:8.2f}"
+    figure.x_ticks_fkt = lambda _, __: ""
+    figure.plot(across, up)
+    at = next(index for index, moment in enumerate(moments) if moment.phase == plan.memory.peak_phase)
+    beside = at + 1.0 if at < len(moments) * 0.8 else at - len(moments) * 0.1
+    figure.text([beside], [top], ["peak"])
+    # plotille's first line is the head of its axis, its last two the ticks of the other
+    lines = [line.rstrip() for line in figure.show().splitlines()[2:-2]]
+    left = lines[0].index("|") + 2
+    starts = [(left + index * width // len(moments), name) for index, name in _first_of(map(_phase, phases))]
+    axis = ""
+    for (start, name), (end, _) in zip(starts, [*starts[1:], (left + width, "")], strict=True):
+        axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")
+    peak = f"peak {format_gib(plan.memory.peak_allocated_bytes)} in {plan.memory.peak_phase}"
+    rows = [Row((line,)) for line in (*lines, axis)]
+    return Block(f"Allocated memory over the step, GiB: {peak}", "<", rows)
+
+
 def _notes(plan: Plan) -> list[str]:
     notes = [*plan.warnings, *plan.memory.notes]
     if plan.bundled and plan.bundled.verified != "exact":
@@ -281,11 +353,16 @@ def _aligned(cell: str, align: str, side: int) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width`, broken between words only (textwrap does as much, and loads longer)."""
     if len(text) <= width:
         return [text]
-    import textwrap
-
-    return textwrap.wrap(text, max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return lines
 
 
 def _rich(page: Sequence[Block]) -> str:

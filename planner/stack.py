@@ -33,7 +33,6 @@ KNOWN: dict[str, tuple[Version, Version]] = {
 _VERSION = (
     r"\d{1,6}(?:\.\d{1,6}){0,4}(?:\.?[a-z+_-][a-z\d.+_-]{0,40})?"  # loose about what follows the numbers: rc1, +cu130
 )
-_METADATA = re.compile(rf"({'|'.join(KNOWN)})-([^-]+)(?:-py[\d.]+)?\.(?:dist|egg)-info", re.IGNORECASE)
 
 
 class Stack(NamedTuple):
@@ -95,10 +94,11 @@ def installed() -> dict[str, str]:
                 names = [entry.name for entry in entries if entry.name.endswith("-info")]
         except OSError:  # zip files, and folders that are not there
             continue
-        for name in names:
-            match = _METADATA.fullmatch(name)
-            if match and re.fullmatch(_VERSION, match[2], re.IGNORECASE):
-                found.setdefault(match[1].lower(), match[2])
+        for name in names:  # torch-2.11.0+cu130.dist-info, or torch-2.11.0-py3.11.egg-info
+            package, _, version = name.rpartition(".")[0].partition("-")
+            version = version.partition("-")[0]
+            if package.lower() in KNOWN and re.fullmatch(_VERSION, version, re.IGNORECASE):
+                found.setdefault(package.lower(), version)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +11,8 @@ from statistics import median
 from typing import Any
 
 import pytest
+from test_measured import OTHERS, ROWS, answers, errors
 
-from vramplan import plan
 from vramplan.planner import cli, stack
 
 ROOT = Path(__file__).parent.parent
@@ -37,36 +36,17 @@ def shown(command: str) -> str:
 
 def accuracy() -> str:
     """The plan's errors against the measured runs, in a sentence."""
-    rows = [
-        json.loads(line)
-        for file in sorted((ROOT / "tables" / "measured").glob("*.jsonl"))
-        for line in file.read_text().splitlines()
-    ]
-    figures = "peak_allocated_bytes", "peak_reserved_bytes"
-    errors: dict[str, list[float]] = {figure: [] for figure in figures}
-    for row in rows:
-        memory = plan(row["config"], gpu=row["gpu"], stack=row["stack"], **row["options"]).to_dict()["memory"]
-        for figure in figures:
-            errors[figure].append(abs(memory[figure] / row[figure] - 1))
-    allocated, reserved = (f"{spread(errors[figure])}" for figure in figures)
-    text = (
-        f"On {len(rows)} fine-tuning runs measured on one H200, peak allocated memory is off by {allocated}, and peak "
-        f"reserved memory by {reserved}."
+    answered = answers([*ROWS, *OTHERS])
+
+    def spread(figure: str) -> str:
+        found = [abs(error) for error in errors(answered, figure, figure)]
+        return f"{median(found):.2%} at the median and {max(found):.2%} at worst"
+
+    return (
+        f"On {len(answered)} fine-tuning runs measured on one H200, peak allocated memory is off by\n"
+        f"{spread('peak_allocated_bytes')}, and peak reserved memory by\n"
+        f"{spread('peak_reserved_bytes')}."
     )
-    return "\n".join(wrapped(text))
-
-
-def spread(errors: list[float]) -> str:
-    return f"{median(errors):.2%} at the median and {max(errors):.2%} at worst"
-
-
-def wrapped(text: str, width: int = 120) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] += " " * bool(lines[-1]) + word
-    return lines
 
 
 BLOCKS: dict[str, Any] = {"example": lambda: shown(EXAMPLE), "accuracy": accuracy, "help": lambda: shown(HELP)}
