@@ -157,7 +157,8 @@ class Allocator:
         self._large: list[int] = []
         self._by_start: dict[int, int] = {}  # the same by where they start
         self._by_end: dict[int, int] = {}  # and by where they end
-        self._held: dict[int, int] = {}  # allocated block by the id of its allocation
+        # What is allocated, by the id of its allocation: the block, where it starts, its size, the bytes asked for.
+        self._held: dict[int, tuple[int, int, int, int]] = {}
         self._handles: dict[int, int] = {}  # requested bytes of what `alloc` gave out
         self._last_handle = 0
         self._segments: dict[int, int] = {}  # start -> size; without expandable_segments
@@ -200,6 +201,11 @@ class Allocator:
     def peak_requested_bytes(self) -> int:
         """Highest `requested_bytes` since `reset_peaks`."""
         return self._peak_requested
+
+    @property
+    def held(self) -> set[int]:
+        """The ids of what is allocated; an allocation of no bytes is none."""
+        return set(self._held)
 
     @property
     def retries(self) -> int:
@@ -271,11 +277,12 @@ class Allocator:
     ) -> tuple[int, int, OutOfMemory | None]:
         """The events one by one: where allocated and requested bytes peaked, and what did not fit.
 
-        This loop decides how fast a plan is: it keeps to local names and calls nothing of its own but for a new
-        segment.
+        This loop decides how fast a plan is: it keeps to local names, calls nothing of its own but for a new segment,
+        and takes ranges apart and puts them together by adding and subtracting: what is cut off the front of `block`
+        is `size` units, so the rest is `block - (size << 48) + size`.
         """
         small, large, by_start, by_end, held = self._small, self._large, self._by_start, self._by_end, self._held
-        unmapped = self._unmapped
+        unmapped, small_size, bisect = self._unmapped, _SMALL, bisect_left
         allocated, peak_allocated, allocated_event = self._allocated, self._peak_allocated, -1
         requested, peak_requested, requested_event = self._requested, self._peak_requested, -1
         # should_split: a block is cut where at least 512 bytes would be left of it, but without expandable_segments
@@ -284,30 +291,33 @@ class Allocator:
         failed = None
         for at, event in enumerate(events):
             name = event >> 1
-            nbytes = sizes[name]
             if event & 1:  # free_block
-                block = held.pop(name, 0)
-                if not block:
-                    if nbytes:
+                if name not in held:
+                    if sizes[name]:
                         raise ValueError(f"event {at} frees {name}, which is not allocated")
                     continue
-                start, size = block & _ADDRESS, block >> _SHIFT
+                block, start, size, nbytes = held.pop(name)
                 end = start + size
                 allocated -= size
                 requested -= nbytes
                 # An allocated block is never longer than 1 MiB in the small pool and always is in the large one.
-                pool = small if size <= _SMALL else large
-                if before := by_end.pop(start, 0):  # try_merge_blocks
-                    del pool[bisect_left(pool, before)]
+                pool = small if size <= small_size else large
+                if start in by_end:  # try_merge_blocks
+                    before = by_end.pop(start)
+                    del pool[bisect(pool, before)]
+                    block += before - start
                     start = before & _ADDRESS
-                if after := by_start.pop(end, 0):
-                    del pool[bisect_left(pool, after)]
+                if end in by_start:
+                    after = by_start.pop(end)
+                    del pool[bisect(pool, after)]
+                    block += after - end
                     end += after >> _SHIFT
-                by_start[start] = by_end[end] = block = (end - start) << _SHIFT | start
+                by_start[start] = by_end[end] = block
                 insort(pool, block)
                 continue
-            size = (nbytes + _UNIT - 1) // _UNIT  # round_size
-            if size <= _SMALL:  # get_pool
+            nbytes = sizes[name]
+            size = (nbytes + (_UNIT - 1)) // _UNIT  # round_size
+            if size <= small_size:  # get_pool
                 if nbytes <= 0:
                     if nbytes < 0:
                         raise ValueError(f"event {at} allocates {nbytes} bytes")
@@ -315,7 +325,8 @@ class Allocator:
                 pool, least = small, 1
             else:
                 pool, least = large, least_of_large
-            place = bisect_left(pool, size << _SHIFT)  # get_free_block: best fit
+            wanted = size << _SHIFT
+            place = bisect(pool, wanted)  # get_free_block: best fit
             if place == len(pool):
                 self._at = at
                 place = self._grow(pool, size)
@@ -334,17 +345,20 @@ class Allocator:
                 block = pool[place]
                 start, length = block & _ADDRESS, block >> _SHIFT
                 end = start + length
-            del pool[place]
             del by_start[start]
             if length - size >= least:  # alloc_found_block: the request takes the front, the rest stays free
-                cut = start + size
-                by_start[cut] = by_end[end] = rest = (length - size) << _SHIFT | cut
-                insort(pool, rest, 0, place)
-                block = size << _SHIFT | start
+                rest = block - wanted + size
+                by_start[start + size] = by_end[end] = rest
+                if place and pool[place - 1] > rest:
+                    del pool[place]
+                    insort(pool, rest, 0, place)
+                else:  # mostly the rest is still larger than the block before it
+                    pool[place] = rest
+                block = wanted + start
             else:
-                del by_end[end]
+                del pool[place], by_end[end]
                 size = length
-            held[name] = block
+            held[name] = block, start, size, nbytes
             allocated += size
             if allocated > peak_allocated:
                 peak_allocated, allocated_event = allocated, at

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner.errors import UsageError, shown
@@ -35,7 +35,7 @@ _LARGEST_SIZE = 10**6
 @cache
 def defaults_table() -> dict[str, Any]:
     """tables/config_defaults.json: {"types": {model_type: {"names", "defaults", "attention"}}, "others": [...]}."""
-    text = resources.files("vramplan.tables").joinpath("config_defaults.json").read_text("utf-8")
+    text = (Path(__file__).parent.parent / "tables" / "config_defaults.json").read_text("utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
 

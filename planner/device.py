@@ -60,7 +60,14 @@ def device(gpu: Gpu | None, stack: Stack | None = None) -> Device:
         major, minor = gpu.compute_capability.split(".")
         capability = (int(major), int(minor))
     kept = stack is None or stack.torch < GIVES_BACK
-    return Device(capability, context + hidden, hidden, str(row["how"]), own is not None, workspace_bytes(capability) if kept else 0)
+    return Device(
+        capability,
+        context + hidden,
+        hidden,
+        str(row["how"]),
+        own is not None,
+        workspace_bytes(capability) if kept else 0,
+    )
 
 
 def workspace_bytes(capability: tuple[int, int] | None) -> int:

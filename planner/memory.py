@@ -15,7 +15,7 @@ from vramplan.planner.run import Run, alive
 from vramplan.planner.trainer import TRAINERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vramplan.planner.allocator import Replay
     from vramplan.planner.attention import Kernel
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import TrainingOptions
 
 STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
+SETTLED = 1000  # a step that adds less than one part in so many to what is reserved is not worth another replay
 
 # The rows of a breakdown in their order, each with what it stands on.
 SOURCES = {
@@ -166,27 +167,24 @@ def estimate(
         allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
     ready = _replayed(allocator, adapt, program)
     reserved = ready.reserved_bytes  # of the training step: what loading cached for a moment is given back by now
-    stretches = [load, prepare, adapt]
-    best, until, at = -1, 0, 0
+    best, phase = -1, ""
     timeline: tuple[Moment, ...] = ()
     for number in range(STEPS):
-        played = run.step(number)
+        held, played = allocator.held, run.step(number)
         moments: list[Moment] = []
         before = reserved
-        for stretch in played:
+        for position, stretch in enumerate(played):
             result = _replayed(allocator, stretch, program)
             _note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
             if result.peak_allocated_bytes > best:
-                best, until, at = result.peak_allocated_bytes, len(stretches), result.peak_allocated_event
-                timeline = ()
-            stretches.append(stretch)
+                best, phase, timeline = result.peak_allocated_bytes, stretch.name, ()
+                at_best = (held, played[: position + 1], result.peak_allocated_event)
             reserved = max(reserved, result.peak_reserved_bytes)
         timeline = timeline or tuple(moments)
-        if number > 0 and reserved == before:
-            break  # a step that needed no more than the one before: the next is the same
-    phase, held = stretches[until].name, _alive_at(stretches, until, at)
+        if number > 0 and (reserved - before) * SETTLED < reserved:
+            break  # a step that needed hardly more than the one before: the next is nearly the same
     return MemoryEstimate(
-        components=_components(program, held, best, SOURCES | TRAINERS[options.trainer].sources),
+        components=_components(program, _alive_at(*at_best), best, SOURCES | TRAINERS[options.trainer].sources),
         peak_allocated_bytes=best,
         peak_reserved_bytes=reserved,
         context_bytes=on.context_bytes,
@@ -232,27 +230,23 @@ def _quantised(architecture: Architecture, options: TrainingOptions) -> list[fro
     return answer
 
 
-def _alive_at(stretches: list[Stretch], last: int, position: int) -> set[int]:
-    """The tensors alive after event `position` of stretch `last`."""
-    events = [e for stretch in stretches[:last] for e in stretch.events]
-    return alive(events + stretches[last].events[: position + 1])
-
-
-def _part(program: Program, tensor: int) -> str:
-    part = program.parts[tensor]
-    if part:
-        return part
-    if program.labels[tensor] in LOGITS:
-        return "logits and loss"
-    return "saved activations" if tensor in program.saved else "temporary buffers"
+def _alive_at(held: set[int], stretches: Sequence[Stretch], position: int) -> set[int]:
+    """What is alive after event `position` of the last of `stretches`, with the tensors `held` before them."""
+    *before, last = stretches
+    events = [*(e for stretch in before for e in stretch.events), *last.events[: position + 1]]
+    return held.difference({e >> 1 for e in events}) | alive(events)
 
 
 def _components(program: Program, held: Iterable[int], total: int, sources: Mapping[str, str]) -> tuple[Component, ...]:
     """The tensors alive at the peak, by part; what the allocator's blocks add is a part of its own."""
+    held = sorted(held)
+    known = (program.parts, program.labels, program.sizes)
+    looked_up = (map(of.__getitem__, held) for of in known)
+    counts = Counter(zip(*looked_up, map(program.saved.__contains__, held), strict=True))
     groups: dict[str, Counter[tuple[str, int]]] = {}
-    for tensor in held:
-        found = groups.setdefault(_part(program, tensor), Counter())
-        found[program.labels[tensor], program.sizes[tensor]] += 1
+    for (part, label, size, saved), n in counts.items():
+        name = part or _unnamed_part(label, saved)
+        groups.setdefault(name, Counter())[label, size] += n
     rows: list[Component] = []
     for name, source in sources.items():
         if name in groups:
@@ -262,6 +256,12 @@ def _components(program: Program, held: Iterable[int], total: int, sources: Mapp
     if rounding:
         rows.append(Component("block rounding", rounding, "blocks less the bytes asked for", sources["block rounding"]))
     return tuple(rows)
+
+
+def _unnamed_part(label: str, saved: bool) -> str:
+    if label in LOGITS:
+        return "logits and loss"
+    return "saved activations" if saved else "temporary buffers"
 
 
 def _formula(found: Counter[tuple[str, int]]) -> str:

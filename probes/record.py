@@ -231,15 +231,27 @@ def run_case(case: dict[str, Any], record: bool = True) -> dict[str, Any]:
         if o["trainer"] == "transformers":
             model = peft.get_peft_model(model, lora)
     note._mark("ready")
+    checkpointing = o["gradient_checkpointing"]
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": o["batch_size"], 
-        "max_steps": o.get("steps", 3), "learning_rate": 1e-5, "max_grad_norm": 1.0, "bf16": o["mixed_precision"] == "bf16",
-        "fp16": o["mixed_precision"] == "fp16", "optim": o["optimizer"], "report_to": [], "save_strategy": "no",
-        "logging_strategy": "no", "gradient_accumulation_steps": o["gradient_accumulation_steps"],
-        "gradient_checkpointing": o["gradient_checkpointing"], "disable_tqdm": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if o["gradient_checkpointing"] else None,
-        "dataloader_pin_memory": False, "remove_unused_columns": False, **o.get("args", {}),
-    }  # fmt: skip
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": o["batch_size"],
+        "gradient_accumulation_steps": o["gradient_accumulation_steps"],
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "max_steps": o.get("steps", 3),
+        "learning_rate": 1e-5,
+        "max_grad_norm": 1.0,
+        "bf16": o["mixed_precision"] == "bf16",
+        "fp16": o["mixed_precision"] == "fp16",
+        "optim": o["optimizer"],
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        **o.get("args", {}),
+    }
     rows = _Rows(case["config"]["vocab_size"], o["seq_len"], o["padded"])
     if o["trainer"] == "trl":
         import datasets

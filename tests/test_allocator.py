@@ -36,7 +36,7 @@ def take(a: Allocator, *sizes: int) -> list[int]:
 
 
 def start(a: Allocator, handle: int) -> int:
-    return a._held[handle] & module._ADDRESS
+    return a._held[handle][1]
 
 
 # By hand
@@ -427,7 +427,8 @@ OPERATIONS = st.lists(st.one_of(SIZES, st.integers(0, 30).map("f{}".format), st.
 
 def check(a: Allocator) -> None:
     """Blocks tile their segments, free ones are merged, and the counters are their sums."""
-    held = sorted((b & module._ADDRESS, b >> module._SHIFT) for b in a._held.values())
+    held = sorted((start, size) for _, start, size, _ in a._held.values())
+    assert all(b == size << module._SHIFT | start for b, start, size, _ in a._held.values())
     free_blocks = sorted(a._small + a._large)
     free = sorted((b & module._ADDRESS, b >> module._SHIFT) for b in free_blocks)
     holes = sorted((s, e - s) for s, e in a._unmapped.items())

@@ -41,7 +41,7 @@ VALID = {
     "batch_size": st.integers(1, 4) | st.integers(1, 10**6),
     "seq_len": st.integers(1, 64) | st.integers(1, 10**8),
     "padded": st.booleans(),
-    "gradient_accumulation_steps": st.integers(1, 3),
+    "gradient_accumulation_steps": st.integers(1, 3) | st.integers(1, 10**6),
     "gradient_checkpointing": st.booleans(),
     "optimizer": st.sampled_from(NAMES),
     "weights_dtype": st.sampled_from(["bf16", "fp16", "fp32"]),
