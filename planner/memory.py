@@ -139,7 +139,13 @@ def _kernel(options: TrainingOptions, on: Device) -> Kernel:
 
 
 def run_of(architecture: Architecture, options: TrainingOptions, on: Device, counts: ParameterCounts) -> Run:
-    """The run that `options` describe, ready to be played."""
+    """The run that `options` describe, ready to be played.
+
+    Raises UsageError for an adapter outside the layers: its parameters are counted, its ops are not known yet.
+    """
+    outside = [target.module.name for target in counts.targets if target.layer_kind is None]
+    if outside:
+        raise UsageError(f"an adapter on {' and '.join(outside)} is not planned yet; leave it out (--target-modules)")
     return Run(
         architecture,
         settings(options, on),
