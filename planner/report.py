@@ -106,7 +106,8 @@ def _precision(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
         (run.weights_dtype != "bf16", f"{run.weights_dtype} weights"),
         (run.mixed_precision != "bf16", autocast),
         (run.method == "qlora" and not run.double_quant, "no double quantisation"),
-        (run.method == "qlora" and not run.prepare_kbit, "no prepare_kbit"),
+        (run.method == "qlora" and run.trainer != "trl" and not run.prepare_kbit, "no prepare_kbit"),
+        (run.trainer == "trl" and run.prepare_kbit, "prepare_kbit"),
     )
 
 
@@ -115,6 +116,7 @@ def _settings(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
         (run.lora_dropout > 0, f"LoRA dropout {run.lora_dropout}"),
         (run.gradient_accumulation_steps > 1, f"{run.gradient_accumulation_steps} micro-steps"),
         (run.attention != "sdpa", f"{run.attention} attention"),
+        (run.trainer == "trl", "trl's SFTTrainer"),
         (run.expandable_segments, "expandable segments"),
     )
 
