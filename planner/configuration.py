@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Nothing near these sizes exists; beyond them a number is a mistake and would only make the planner slow.
 _LARGEST = {
     "vocab_size": 10**8,
-    "num_hidden_layers": 10**4,
+    "num_hidden_layers": 1000,
     "max_position_embeddings": 10**9,
     "sliding_window": 10**9,
     "intermediate_size": 10**7,
