@@ -146,7 +146,7 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
     outside = [target.module.name for target in counts.targets if target.layer_kind is None]
     if outside:
         raise UsageError(f"an adapter on {' and '.join(outside)} is not planned yet; leave it out (--target-modules)")
-    return Run(
+    run = Run(
         architecture,
         settings(options, on),
         counts,
@@ -156,6 +156,8 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
         on.workspace_bytes,
         TRAINERS[options.trainer],
     )
+    run.check()
+    return run
 
 
 def estimate(

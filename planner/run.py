@@ -159,6 +159,21 @@ class Run:
         modules = self.architecture.embeddings
         return [f"{m.name}.{w.name}" for m in modules if m.kind == "embedding" for w in m.weights]
 
+    @cached_property
+    def _layer_norms(self) -> frozenset[str]:
+        """The trained weights of nn.LayerNorm, which the Trainer leaves without decay whatever they are called."""
+        if self.settings.method != "full":
+            return frozenset()
+        a = self.architecture
+        placed = [("", (*a.before, *a.after))]
+        placed += [(f"{a.layer_prefix}.{i}.", a.kinds[kind].modules) for i, kind in enumerate(a.order)]
+        norms = ((at, m) for at, modules in placed for m in modules if m.variant == "layer_norm")
+        return frozenset(f"{at}{m.name}.{w.name}" for at, m in norms for w in m.weights)
+
+    def check(self) -> None:
+        """Raises UsageError where the optimizer has no kernel for what is trained."""
+        optimizer.check(self.optimizer, self.parameters, self._embeddings)
+
     # --- what the layers hold -------------------------------------------------------------------------------------
 
     def _hold(self, layer: int) -> Held:
@@ -352,7 +367,10 @@ class Run:
         return self._collect("")
 
     def _optimize(self, first: bool) -> list[int]:
-        optimizer.play(self._outside, self.optimizer, self.parameters, self._states, first, embeddings=self._embeddings)
+        optimizer.play(
+            self._outside, self.optimizer, self.parameters, self._states, first,
+            embeddings=self._embeddings, layer_norms=self._layer_norms,
+        )  # fmt: skip
         return self._collect("optimizer states" if first else "")
 
     def _collect(self, part: str) -> list[int]:

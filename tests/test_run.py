@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan import plan
+from vramplan import UsageError, plan
 from vramplan.planner import memory
 from vramplan.planner.allocator import block_bytes
 from vramplan.planner.architecture import parse
@@ -94,6 +94,17 @@ def test_identical_layers_are_played_once() -> None:
     for run in (few, many):
         run.step(0)
     assert len(few._pieces) == len(many._pieces)
+
+
+def test_an_optimizer_without_a_kernel_is_refused() -> None:
+    with pytest.raises(UsageError, match="rmsprop_bnb has no kernel for the bf16 gradient"):
+        run_of(TINY, method="full", optimizer="rmsprop_bnb")
+    run_of(TINY, method="lora", optimizer="rmsprop_bnb")  # adapters are float32
+
+
+def test_layer_norms_go_without_decay_whatever_they_are_called() -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+    assert "transformer.h.1.ln_2.weight" in run_of(gpt2, method="full", seq_len=8)._layer_norms
 
 
 def test_moved_links_and_shifts() -> None:
