@@ -149,6 +149,10 @@ def mean(tape: Tape, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ops.done(tape.new(shape, dtype, "mean", x.merged), node)
 
 
+# The norms repeat each other's first lines on purpose: in a function of their own its locals would go when it returns,
+# and the mean square lives until the whole norm does.
+
+
 def rms_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
     """LlamaRMSNorm: float32 inside, back to the input's dtype, then the weight."""
     assert n.weight is not None

@@ -30,7 +30,6 @@ class Device:
     capability: tuple[int, int] | None  # None: not CUDA
     context_bytes: int
     hidden_bytes: int
-    context_source: str
     context_measured: bool
     workspace_bytes: int
 
@@ -64,7 +63,6 @@ def device(gpu: Gpu | None, stack: Stack | None = None) -> Device:
         capability,
         context + hidden,
         hidden,
-        str(row["how"]),
         own is not None,
         workspace_bytes(capability) if kept else 0,
     )

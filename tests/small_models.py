@@ -147,3 +147,16 @@ def modules(planned: Architecture) -> list[tuple[str, Module]]:
         for module in planned.kinds[kind].modules
     ]
     return [(module.name, module) for module in (*planned.before, *planned.after, planned.output)] + layers
+
+
+# Llama-3.1-8B, for counts worked out by hand.
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}

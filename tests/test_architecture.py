@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import CASES, FLAT, modules, real_model, small
+from small_models import CASES, FLAT, LLAMA_8B, modules, real_model, small
 
 from vramplan.planner import catalog, families
 from vramplan.planner.architecture import Moe, model_types, parse
@@ -30,16 +30,6 @@ NORM_CLASSES = {
     "layer_norm_1p": "NemotronLayerNorm1P",
     "cohere_layer_norm": "LayerNorm",
     "olmo_layer_norm": "OlmoLayerNorm",
-}
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
 }
 
 
@@ -172,7 +162,7 @@ def test_the_table_is_what_the_installed_transformers_says() -> None:
 
 
 def test_llama_8b_by_hand() -> None:
-    planned = parse(LLAMA)
+    planned = parse(LLAMA_8B)
     layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096
     assert planned.total_parameters == 32 * layer + 2 * 128256 * 4096 + 4096 == 8_030_261_248
     assert planned.kinds[0].numel == layer
@@ -250,8 +240,8 @@ def test_composite_config_is_read_as_text() -> None:
 
 
 def test_assumed_names_what_the_config_left_out() -> None:
-    assert parse(LLAMA).assumed == ("hidden_act",)
-    sparse = {key: value for key, value in LLAMA.items() if key not in ("intermediate_size", "num_key_value_heads")}
+    assert parse(LLAMA_8B).assumed == ("hidden_act",)
+    sparse = {key: value for key, value in LLAMA_8B.items() if key not in ("intermediate_size", "num_key_value_heads")}
     planned = parse(sparse)
     assert set(planned.assumed) == {"hidden_act", "intermediate_size", "num_key_value_heads"}
     assert planned.config["num_key_value_heads"] == 32
@@ -259,10 +249,10 @@ def test_assumed_names_what_the_config_left_out() -> None:
 
 
 def test_parsing_is_fast() -> None:
-    parse(LLAMA)
+    parse(LLAMA_8B)
     started = time.perf_counter()
     for _ in range(50):
-        parse(LLAMA)
+        parse(LLAMA_8B)
     assert (time.perf_counter() - started) / 50 < 0.002  # 0.3 ms as a rule
 
 
@@ -315,7 +305,7 @@ def test_parsing_is_fast() -> None:
 )
 def test_wrong_configs_are_refused_by_name(change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        parse({**LLAMA, **change})
+        parse({**LLAMA_8B, **change})
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message

@@ -7,6 +7,7 @@ mixtures of experts, trl, expandable segments) were measured when the ops stood,
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,14 +29,24 @@ def answers(rows: list[dict[str, Any]]) -> Planned:
     return [(row, plan(row["config"], gpu=row["gpu"], stack=row["stack"], **row["options"]).to_dict()) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def planned() -> Planned:
+@cache
+def planned_rows() -> Planned:
     return answers(ROWS)
 
 
-@pytest.fixture(scope="module")
-def others() -> Planned:
+@cache
+def planned_others() -> Planned:
     return answers(OTHERS)
+
+
+@pytest.fixture
+def planned() -> Planned:
+    return planned_rows()
+
+
+@pytest.fixture
+def others() -> Planned:
+    return planned_others()
 
 
 def errors(planned: Planned, ours: str, theirs: str) -> list[float]:

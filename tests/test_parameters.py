@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import FLAT, real_model, small
+from small_models import FLAT, LLAMA_8B, real_model, small
 
 from vramplan.planner import parameters
 from vramplan.planner.architecture import parse
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 
 RANKS = (1, 8, 16, 256)
 ONLY_EXPERTS = ("gpt_oss", "granitemoe", "phimoe")  # an MLP of experts alone, which peft has no names for
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
 LLAMA_2_7B = LLAMA_8B | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32}
 LLAMA_3B = LLAMA_8B | {
     "hidden_size": 3072,

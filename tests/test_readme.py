@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from test_measured import OTHERS, ROWS, answers, errors
+from test_measured import errors, planned_others, planned_rows
 
 from vramplan.planner import cli, stack
 
@@ -36,7 +36,7 @@ def shown(command: str) -> str:
 
 def accuracy() -> str:
     """The plan's errors against the measured runs, in a sentence."""
-    answered = answers([*ROWS, *OTHERS])
+    answered = [*planned_rows(), *planned_others()]
 
     def spread(figure: str) -> str:
         found = [abs(error) for error in errors(answered, figure, figure)]
