@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _LARGE_SEGMENT = 20 * _MIB  # kLargeBuffer
 _OWN_SEGMENT = 10 * _MIB  # kMinLargeAlloc: requests from here on get a segment of their own size, ...
 _ROUND_LARGE = 2 * _MIB  # kRoundLarge: ... rounded up to this
 _RESERVATION = 32 * _MIB
+_TOP = 1 << 45  # the end of the first segment's reservation
+_GAP_ABOVE = (512 - 96) * _MIB
 _UNLIMITED = (64 << 40) // _UNIT  # 64 TiB: more than any machine holds, and its addresses still fit
 # One range of virtual addresses for each pool, as expandable_segments has it; longer than any GPU's memory.
 _SMALL_RANGE = (_SMALL_SEGMENT, 1 << 46)
@@ -40,6 +43,13 @@ _LARGE_RANGE = (_LARGE_SEGMENT << 31, 1 << 47)
 def block_bytes(nbytes: int) -> int:
     """What a request of `nbytes` takes up in a block of its own: rounded up to 512 bytes (round_size)."""
     return -(-nbytes // _UNIT) * _UNIT
+
+
+def change(events: Iterable[int], sizes: Sequence[int]) -> tuple[int, int]:
+    """What `events` add in bytes of blocks, and the most that they add on the way, wherever the blocks are placed."""
+    running = [0]
+    running += accumulate([(-sizes[e >> 1] // _UNIT if e & 1 else -(-sizes[e >> 1] // _UNIT)) * _UNIT for e in events])
+    return running[-1], max(running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +97,21 @@ def replay(
 class _Addresses:
     """Where cudaMalloc puts segments: of two free blocks of one size best fit takes the lower, so it matters.
 
-    The driver reserves addresses by multiples of 32 MiB, each time below all that it holds, and first uses what is
-    left of them, lowest address first. So it was in fresh processes on an H200 (driver 580, CUDA 13.0): in all of 42
-    training runs recorded there this rule gives the recorded segments, in 36 of them each at the very event. What the
-    driver puts between them for itself (kernels, workspaces) is not played.
+    The driver reserves addresses by multiples of 32 MiB. It first uses what is left of those that it has, lowest
+    address first; then it reserves at the top of the highest gap that has room, as Linux' mmap does, and a reservation
+    in which nothing is left becomes a gap. While it makes the first segment of a process, it holds 512 MiB above it
+    that it lets go of soon after, and of which it then takes 96 MiB for itself: later segments fill that gap. So it was
+    in fresh processes on an H200 (driver 580, CUDA 13.0). What else the driver puts between segments for itself
+    (kernels, workspaces) is not played.
     """
 
-    __slots__ = ("_reserved", "_rooms", "_starts")
+    __slots__ = ("_gaps", "_reserved", "_rooms", "_starts")
 
     def __init__(self) -> None:
         self._reserved: dict[int, int] = {}  # start -> end
         self._starts: list[int] = []  # of the same, sorted
         self._rooms: list[tuple[int, int]] = []  # start and end of what is unused in them, sorted
+        self._gaps: list[tuple[int, int]] = [(0, _TOP)]  # start and end of what is not reserved, sorted
 
     def take(self, length: int) -> int:
         """The address of a new segment. Addresses are doubled, so that two segments never touch, and never merge."""
@@ -109,12 +122,17 @@ class _Addresses:
                 else:
                     del self._rooms[i]
                 return 2 * start
-        end = self._starts[0] if self._starts else 1 << 45
-        start = end - -(-length // _RESERVATION) * _RESERVATION
+        needed = -(-length // _RESERVATION) * _RESERVATION
+        i = next(i for i in reversed(range(len(self._gaps))) if self._gaps[i][1] - self._gaps[i][0] >= needed)
+        low, end = self._gaps[i]
+        start = end - needed
+        self._gaps[i] = (low, start)
+        if not self._starts:
+            self._gaps.append((_TOP, _TOP + _GAP_ABOVE))
         self._reserved[start] = end
-        self._starts.insert(0, start)
+        insort(self._starts, start)
         if start + length < end:
-            self._rooms.insert(0, (start + length, end))
+            insort(self._rooms, (start + length, end))
         return 2 * start
 
     def give_back(self, address: int, length: int) -> None:
@@ -122,17 +140,23 @@ class _Addresses:
         start, end = address // 2, address // 2 + length
         reservation = self._starts[bisect_right(self._starts, start) - 1]
         limit = self._reserved[reservation]
-        i = bisect_left(self._rooms, (start, end))
-        if i < len(self._rooms) and self._rooms[i][0] == end < limit:
-            end = self._rooms.pop(i)[1]
-        if i > 0 and self._rooms[i - 1][1] == start > reservation:
-            i -= 1
-            start = self._rooms.pop(i)[0]
-        if (start, end) == (reservation, limit):
-            self._starts.remove(start)
-            del self._reserved[start]
+        room = _joined(self._rooms, start, end, reservation, limit)
+        if room == (reservation, limit):
+            self._starts.remove(reservation)
+            del self._reserved[reservation]
+            insort(self._gaps, _joined(self._gaps, reservation, limit, 0, _TOP + _GAP_ABOVE))
         else:
-            self._rooms.insert(i, (start, end))
+            insort(self._rooms, room)
+
+
+def _joined(ranges: list[tuple[int, int]], start: int, end: int, least: int, most: int) -> tuple[int, int]:
+    """A range with those of `ranges` that touch it, which are removed there; none reaches beyond `least` and `most`."""
+    i = bisect_left(ranges, (start, end))
+    if i < len(ranges) and ranges[i][0] == end < most:
+        end = ranges.pop(i)[1]
+    if i > 0 and ranges[i - 1][1] == start > least:
+        start = ranges.pop(i - 1)[0]
+    return start, end
 
 
 class Allocator:
