@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError
 from vramplan.planner.memory import run_of
 from vramplan.planner.quick import peak_bytes
@@ -14,7 +13,7 @@ from vramplan.planner.training import OPTIONS, SUPPORTED_TRAINERS, TrainingOptio
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vramplan.planner.catalog import Gpu
+    from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
     from vramplan.planner.parameters import ParameterCounts
     from vramplan.planner.stack import Stack
@@ -45,12 +44,11 @@ class Advice:
 def advise(
     architecture: Architecture,
     options: TrainingOptions,
-    gpu: Gpu | None,
+    on: Device,
     stack: Stack,
     count: Callable[[Architecture, TrainingOptions], ParameterCounts],
 ) -> tuple[Advice, ...]:
     """The changes worth making, the best first, then what twice the batch would cost."""
-    on = device(gpu, stack)
 
     def peak(run: TrainingOptions) -> int:
         return peak_bytes(run_of(architecture, run, on, count(architecture, run)))
@@ -59,7 +57,7 @@ def advise(
     found: list[Advice] = []
     for change in _changes(options):
         try:
-            changed, _ = settle(_with(options, change), architecture, gpu, stack)
+            changed, _ = settle(_with(options, change), architecture, on.gpu, stack)
             found.append(Advice(change, now - peak(changed)))
         except UsageError:  # not for this model or method
             continue

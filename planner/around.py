@@ -5,6 +5,7 @@ Sources: transformers/models/*/modeling_*.py, transformers/masking_utils.py, tra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.planner import blocks, ops, paper
@@ -24,18 +25,22 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tu
     kept: list[Tensor] = []
     b, t = s.batch, s.seq
     hidden: Tensor | None = None
+    inside = architecture.embedding_scale and architecture.model_type in SCALED_EMBEDDING
     for module in architecture.embeddings:
         if module.kind == "embedding":
-            weight = held.others[module.name]["weight"]
-            looked_up = embedding(tape, weight, (b, t), module.role == "token_embedding")
+            weight, adapter = held.others[module.name]["weight"], held.factors.get(module.name)
+            tokens = module.role == "token_embedding"
+            looked_up = embedding(tape, weight, (b, t), tokens)
+            if tokens and inside:
+                looked_up = ops.scale(tape, looked_up, "embeddings, scaled")
+            # the hook of k-bit preparation comes before the adapter, the Trainer's after it
+            if tokens and s.checkpointing and (adapter is None or (s.method == "qlora" and s.prepare_kbit)):
+                looked_up = leaf(tape, looked_up)
+            if adapter is not None:
+                looked_up = with_adapter(tape, looked_up, *adapter, scaled=tokens and inside)
             kept.append(looked_up)
             if hidden is None:
                 hidden = looked_up
-                inside = architecture.model_type in SCALED_EMBEDDING
-                if architecture.embedding_scale and inside:
-                    hidden = ops.scale(tape, hidden, "embeddings, scaled")
-                if s.checkpointing:
-                    hidden = leaf(hidden)
                 if architecture.embedding_scale and not inside:
                     hidden = ops.scale(tape, hidden, "embeddings, scaled")
             else:
@@ -60,17 +65,20 @@ REBOUND_EMBEDDING = frozenset({"phi"})
 SCALED_EMBEDDING = frozenset({"gemma", "gemma2", "gemma3_text"})
 
 
-def leaf(x: Tensor) -> Tensor:
+def leaf(tape: Tape, x: Tensor) -> Tensor:
     """`x.requires_grad_(True)`, as enable_input_require_grads hooks onto the embedding: its gradient is kept.
 
     transformers' gradient_checkpointing_enable does so for every model that takes input_ids. The leaf and its gradient
-    go with the graph, when the loss goes.
+    go with the graph, when the loss goes. A gradient that another node waits for too is copied (accumulate_grad.h).
     """
     if x.node is None:
         kept: list[Tensor | None] = [x.detach()]
 
         def accumulate(grads: ops.Grads, _: ops.Grads) -> ops.Grads:
-            kept.append(grads[0])
+            grad = grads[0]
+            if grad is not None and grad.storage is not None and grad.storage.holders:
+                grad = tape.new(grad.shape, grad.dtype, "gradient of embeddings, copied")
+            kept.append(grad)
             return []
 
         x.node = Node(paper.ACCUMULATE, [], accumulate, [])
@@ -84,40 +92,112 @@ def embedding(tape: Tape, weight: Parameter, rows: tuple[int, int], tokens: bool
     count = rows[0] * rows[1] if tokens else rows[1]
 
     def backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
-        # embedding_dense_backward (aten/src/ATen/native/cuda/Embedding.cu): up to 3,072 indices go without sorting
         grad = tape.new(shape, dtype, "gradient of an embedding")
-        if count > 3072:
-            tape.moment(8 * count, "sorted indices")
+        _add_rows(tape, count, *shape)
         return [grad]
 
     node = tape.node((weight,), backward)
     return ops.done(tape.new((rows[0] if tokens else 1, rows[1], size), dtype, "embeddings"), node)
 
 
+def _add_rows(tape: Tape, count: int, words: int, size: int) -> None:
+    """What adding `count` rows up in a gradient [words, size] takes for a moment.
+
+    aten/src/ATen/native/cuda/Embedding.cu: up to 3,072 indices go without sorting. EmbeddingBackwardKernel.cu: beyond,
+    ten rows at a time are summed in float32, in as many pieces as there might be.
+    """
+    if count > 3072:
+        ids = [tape.new((count,), "int64", "indices, sorted") for _ in range(2)]
+        tape.moment(4 * size * (count // 10 + min(count, words)), "rows added up by tens")
+        del ids
+
+
+def with_adapter(tape: Tape, embeds: Tensor, a: Parameter, b: Parameter, *, scaled: bool) -> Tensor:
+    """peft.tuners.lora.layer.Embedding.forward: rows of A transposed, times B; `scaled` by the module's embed_scale.
+
+    The gradient of A comes transposed, and a parameter's first gradient is laid out as the parameter: it is copied
+    (torch/csrc/autograd/functions/accumulate_grad.h, clone_obey_contract).
+    """
+    rank, words = a.shape
+    *rows, size = embeds.shape
+    count = embeds.numel // size
+
+    def backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
+        grad = tape.new((words, rank), a.dtype, "gradient of an embedding")
+        _add_rows(tape, count, words, rank)
+        if a.grad is None:
+            grad = tape.new(a.shape, a.dtype, "gradient of an embedding, transposed")
+        return [grad]
+
+    looked_up = ops.done(tape.new((*rows, rank), a.dtype, "adapter, rank r"), tape.node((a,), backward))
+    output = ops.scale(tape, ops.linear(tape, looked_up, b.tensor(), size, label="adapter output"))
+    if scaled:
+        output = ops.scale(tape, output, "adapter output, scaled")
+    result = ops.to(tape, ops.add(tape, embeds, output, "embeddings with adapter"), embeds.dtype)
+    del output, looked_up
+    return result
+
+
 def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> Shared:
     """Masks and rotary tables, in the order in which most models' forward makes them."""
     shared = blocks.Shared()
+    shared.positions = _positions(tape, architecture, s)
     kinds = {blocks.layer_type(layer.attention): layer.attention for layer in architecture.kinds}
+    family = architecture.model_type
     for kind in sorted(kinds):
         tape.scope = "masks"
-        mask = causal_mask(tape, s, kinds[kind].sliding_window, dtype, architecture.model_type in ALWAYS_MASKED)
-        if mask is not None:
+        a = kinds[kind]
+        if a.position == "alibi":
+            shared.masks["alibi"] = _alibi(tape, a, s, family, dtype)
+        mask = causal_mask(tape, s, a.sliding_window, dtype, family in ALWAYS_MASKED)
+        if mask is not None and a.position == "alibi" and family == "falcon":
+            # FalconModel.forward: alibi, scaled, with the least number where the mask hides; for every head
+            if mask.dtype == "bool":
+                mask = tape.new(mask.shape, dtype, "mask, added to scores")
+            below = tape.new(mask.shape, "bool", "mask below -1")
+            shared.masks[kind] = tape.new((s.batch, a.num_heads, s.seq, s.seq), dtype, "mask with alibi")
+            del below, mask
+        elif mask is not None and family == "mpt":
+            shared.masks[kind] = tape.new(mask.shape, "bool", "mask")
+            del mask
+        elif mask is not None:
             shared.masks[kind] = mask
-    if architecture.model_type == "qwen2_moe" and "sliding_attention" not in kinds:
+    if family == "qwen2_moe" and "sliding_attention" not in kinds:
         # its sliding mask is made even where no layer slides: config.sliding_window is 0, which no length is below
         mask = causal_mask(tape, s, 0, dtype, False)
         if mask is not None:
             shared.masks["sliding_attention"] = mask
     rotated = {blocks.layer_type(x.attention): x.attention for x in architecture.kinds if x.attention.rotary_dim}
+    if family == "gptj":
+        rotated = {}  # each layer looks them up for itself
+    elif family == "falcon" and not rotated:
+        rotated = {"no layer": replace(a, rotary_dim=a.head_dim)}  # made beside alibi too
     tape.scope = "rotary_emb"
     tables = None
     for kind in sorted(rotated):
-        if tables is None or architecture.model_type in TABLES_BY_TYPE:
+        if tables is None or family in TABLES_BY_TYPE:
             tables = rotary_tables(tape, rotated[kind], s, dtype)
         shared.tables[kind] = tables
     return shared
 
 
+def _positions(tape: Tape, architecture: Architecture, s: Settings) -> Tensor | None:
+    """position_ids [1, T], counted up and then shifted by what is cached; opt's come from the mask, for each row."""
+    family = architecture.model_type
+    if family in WITHOUT_POSITIONS:
+        return None
+    tape.scope = ""
+    shape = (s.batch if family == "opt" else 1, s.seq)
+    counted = tape.new(shape, "int64", "positions")
+    positions = tape.new(shape, "int64", "position_ids")
+    del counted
+    return positions
+
+
+# Families whose layers tell positions by alibi alone.
+WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
+# Families whose model's forward keeps the position ids to itself.
+KEEPS_POSITIONS = frozenset({"gpt_bigcode", "granitemoehybrid"})
 # Families whose model keeps the last layer's output in a tuple while it goes on with a normalised one.
 KEEPS_LAST_HIDDEN = frozenset({"falcon"})
 # Families whose forward makes masks by layer type from a dict of arguments, which holds the embeddings too.
@@ -129,6 +209,17 @@ KEEPS_MASK_ARGUMENTS = frozenset(
 ALWAYS_MASKED = frozenset({"bloom", "falcon"})
 # Families whose sliding layers have rotary tables of their own (rope_parameters by layer type).
 TABLES_BY_TYPE = frozenset({"gemma3_text", "olmo3"})
+
+
+def _alibi(tape: Tape, a: Attention, s: Settings, family: str, dtype: str) -> Tensor:
+    """The positions' linear biases, [N, 1, T] for each row; mpt makes them for as many positions as it ever takes.
+
+    bloom's have the dtype of the embeddings after their norm, which autocast makes float32.
+    """
+    if family == "mpt":
+        return tape.new((1, a.num_heads, 1, a.positions), "fp32", "alibi")
+    dtype = "fp32" if family == "bloom" and s.autocast else dtype
+    return tape.new((s.batch, a.num_heads, 1, s.seq), dtype, "alibi")
 
 
 def causal_mask(tape: Tape, s: Settings, window: int | None, dtype: str, always: bool) -> Tensor | None:
@@ -184,12 +275,9 @@ def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Te
     return tables
 
 
-def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held) -> Tensor:
+def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Tensor:
     """The output projection: logits in the hidden states' (or autocast's) dtype."""
-    weight = head_weight(architecture, held)
-    name = architecture.output.name
-    bias = held.projections[name].bias if name in held.projections else None
-    logits = ops.linear(tape, hidden, weight, architecture.vocab_size, bias, "logits")
+    logits = blocks.project(tape, hidden, held.projections[architecture.output.name], s, "logits")
     if architecture.logit_scale:
         logits = ops.scale(tape, logits, "logits, scaled")
     if architecture.final_logit_softcapping is not None:
@@ -199,59 +287,62 @@ def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held) -> 
     return logits
 
 
-def head_weight(architecture: Architecture, held: Held) -> Parameter:
-    """The head's matrix: its own, or the token embedding's."""
-    if architecture.output.name in held.projections:
-        return held.projections[architecture.output.name].weight
-    name = next(m.name for m in architecture.embeddings if m.role == "token_embedding")
-    return held.others[name]["weight"]
+# What the loss makes beside the logits; everything made of those is labelled by their name.
+LABELS, LOG_PROBABILITIES = "labels, padded", "log-probabilities"
+LOSS_GRADIENTS = ("gradient of log-probabilities", "gradient of the logits, float32")
 
 
-def causal_lm_loss(tape: Tape, logits: Tensor, rows: int, vocab: int) -> tuple[Tensor, Node | None]:
+def of_logits(label: str) -> bool:
+    """Whether a label is of the logits or of the loss."""
+    return label.startswith(("logits", "loss")) or label in (LABELS, LOG_PROBABILITIES, *LOSS_GRADIENTS)
+
+
+def causal_lm_loss(tape: Tape, logits: Tensor, rows: int, vocab: int) -> Tensor:
     """transformers' ForCausalLMLoss: a float32 copy of the logits, log-softmax, negative log-likelihood."""
     tape.scope = "loss"
     wide = ops.to(tape, logits, "fp32", "logits, float32")
-    labels = tape.new((rows + 1,), "int64", "labels, padded")
+    labels = tape.new((rows + 1,), "int64", LABELS)
     shape = (rows, vocab)
 
     def softmax_backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
-        return [tape.new(shape, "fp32", "gradient of the logits, float32")]
+        return [tape.new(shape, "fp32", LOSS_GRADIENTS[1])]
 
     def loss_backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
-        return [tape.new(shape, "fp32", "gradient of log-probabilities")]
+        return [tape.new(shape, "fp32", LOSS_GRADIENTS[0])]
 
-    log_probs = tape.new(shape, "fp32", "log-probabilities")
+    log_probs = tape.new(shape, "fp32", LOG_PROBABILITIES)
     ops.done(log_probs, tape.node((wide,), softmax_backward, (log_probs,)))
-    node = tape.node((log_probs,), loss_backward, (log_probs, labels))
-    loss = Tensor(None, (), "fp32", node)
-    del labels
-    return loss, node
+    summed = tape.new((), "fp32", "loss, summed")
+    weight = tape.new((), "fp32", "loss, weight of the tokens")
+    node = tape.node((log_probs,), loss_backward, (log_probs, labels, weight))
+    loss = ops.done(tape.new((), "fp32", "loss"), node)  # by the number of tokens: fixed_cross_entropy
+    del labels, summed, weight
+    return loss
 
 
 class Outputs(NamedTuple):
-    """What the model returns to transformers.Trainer: its logits, and the node of its loss."""
+    """What the model returns to transformers.Trainer."""
 
     logits: Tensor
-    loss: Node | None
+    loss: Tensor
 
 
-def head_and_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held) -> Outputs:
+def head_and_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Outputs:
     """What a model for causal language modelling does with its last hidden states."""
-    logits = head(tape, architecture, hidden, held)
+    logits = head(tape, architecture, hidden, held, s)
     vocab = architecture.vocab_size
-    _, node = causal_lm_loss(tape, logits, logits.numel // vocab, vocab)
-    return Outputs(logits, node)
+    return Outputs(logits, causal_lm_loss(tape, logits, logits.numel // vocab, vocab))
 
 
-def loss(tape: Tape, outputs: list[Outputs]) -> Node | None:
+def loss(tape: Tape, outputs: list[Outputs]) -> Tensor:
     """What becomes of the outputs once autocast has ended: accelerate makes them float32, and they go.
 
     accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss.
     """
-    logits, node = outputs.pop()
+    logits, loss = outputs.pop()
     if tape.autocast is not None:
         tape.scope = "outputs"
         wide = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
         del logits
         del wide
-    return node
+    return loss

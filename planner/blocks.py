@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vramplan.planner import activations, latent, moe, ops
+from vramplan.planner import activations, few_tokens, latent, moe, older_attention, ops
 from vramplan.planner import attention as kernels
 from vramplan.planner.layers import Mlp
-from vramplan.planner.paper import Parameter, Tensor
+from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tensor
 from vramplan.planner.rotary import rotate
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Settings:
     checkpointing: bool
     kernel: kernels.Kernel
     masked: bool  # a mask is built, because rows are padded
-    capability: tuple[int, int] = (9, 0)  # the GPU's compute capability
+    capability: tuple[int, int] | None = (9, 0)  # the GPU's compute capability; None: not CUDA
+    multiprocessors: Multiprocessors = H200
+    torch: tuple[int, int] = (2, 11)  # the version whose rules are played
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
 
     @property
@@ -62,6 +64,7 @@ class Projection:
     conv1d: bool = False
     lora_a: Parameter | None = None
     lora_b: Parameter | None = None
+    adds_bias: bool = False  # after the product, in an op of its own
 
 
 @dataclass(slots=True)
@@ -80,23 +83,29 @@ class Held:
     projections: dict[str, Projection] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     others: dict[str, dict[str, Parameter]] = field(default_factory=dict)
-    factors: dict[str, tuple[Parameter, Parameter]] = field(default_factory=dict)  # A and B of a bare parameter
+    factors: dict[str, tuple[Parameter, Parameter]] = field(default_factory=dict)  # A and B of what is not linear
     parameters: list[Parameter] = field(default_factory=list)  # trainable ones, in registration order
 
 
 def hold(
-    modules: tuple[Module, ...], s: Settings, adapted: frozenset[str], quantised: frozenset[str], prefix: str = ""
+    modules: tuple[Module, ...], s: Settings, adapted: frozenset[str], quantised: frozenset[str], tied: str = ""
 ) -> Held:
-    """The parameters of `modules`: dtypes, which are trained, which carry an adapter."""
+    """The parameters of `modules`: dtypes, which are trained, which carry an adapter.
+
+    `tied` names the token embedding among them whose matrix the head shares.
+    """
     held = Held()
     full = s.method == "full"
     for module in modules:
         made: dict[str, Parameter] = {}
         for weight in module.weights:
+            if tied and module.role == "head" and weight.name == "weight":
+                made[weight.name] = held.others[tied]["weight"]
+                continue
             dtype = s.weights_dtype if full else s.frozen_dtype
-            made[weight.name] = Parameter(f"{prefix}{module.name}.{weight.name}", weight.shape, dtype, full)
-        if full:
-            held.parameters += made.values()
+            made[weight.name] = Parameter(f"{module.name}.{weight.name}", weight.shape, dtype, full)
+            if full:
+                held.parameters.append(made[weight.name])
         if module.kind in ("linear", "conv1d"):
             p = Projection(
                 made["weight"],
@@ -105,32 +114,38 @@ def hold(
                 module.out_features,
                 module.name in quantised,
                 module.kind == "conv1d",
+                adds_bias=module.variant == "falcon_linear",
             )
             if module.name in adapted:
-                p.lora_a = Parameter(f"{prefix}{module.name}.lora_A", (s.rank, p.in_features), s.adapter_dtype, True)
-                p.lora_b = Parameter(f"{prefix}{module.name}.lora_B", (p.out_features, s.rank), s.adapter_dtype, True)
+                p.lora_a = Parameter(f"{module.name}.lora_A", (s.rank, p.in_features), s.adapter_dtype, True)
+                p.lora_b = Parameter(f"{module.name}.lora_B", (p.out_features, s.rank), s.adapter_dtype, True)
                 held.parameters += (p.lora_a, p.lora_b)
             held.projections[module.name] = p
         elif module.kind == "norm":
             held.norms[module.name] = Norm(module.variant, made.get("weight"), made.get("bias"))
         else:
             held.others[module.name] = made
-            if module.name in adapted:
-                _wrap(held, module, s, prefix)
+            if module.name in adapted and module.kind == "embedding":
+                a = Parameter(f"{module.name}.lora_embedding_A", (s.rank, module.in_features), s.adapter_dtype, True)
+                b = Parameter(f"{module.name}.lora_embedding_B", (module.out_features, s.rank), s.adapter_dtype, True)
+                held.factors[module.name] = (a, b)
+                held.parameters += (a, b)
+            elif module.name in adapted:
+                _wrap(held, module, s)
     return held
 
 
-def _wrap(held: Held, module: Module, s: Settings, prefix: str) -> None:
+def _wrap(held: Held, module: Module, s: Settings) -> None:
     """peft's ParamWrapper: A and B beside each bare weight, of every expert; fused gate and up count twice."""
     for weight in module.weights:
         if "bias" in weight.name:
             continue
         *count, outputs, inputs = weight.shape
         rank = s.rank * (count[0] if count else 1) * (2 if weight.name == "gate_up_proj" else 1)
-        name = f"{prefix}{module.name}.{weight.name}"
+        name = f"{module.name}.{weight.name}"
         a = Parameter(f"{name}.lora_A", (rank, inputs), s.adapter_dtype, True)
         b = Parameter(f"{name}.lora_B", (outputs, rank), s.adapter_dtype, True)
-        held.factors[f"{module.name}.{weight.name}"] = (a, b)
+        held.factors[name] = (a, b)
         held.parameters += (a, b)
 
 
@@ -308,46 +323,49 @@ _NORMS = {
 # --- projections --------------------------------------------------------------------------------------------------
 
 
-def project(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
+def project(tape: Tape, x: Tensor, p: Projection, s: Settings, label: str = "projection") -> Tensor:
     """A linear module with its adapter, if it has one."""
     if p.lora_a is None:
-        return base(tape, x, p, s)
+        return base(tape, x, p, s, label)
     if p.quantised:
         return lora_4bit(tape, x, p, s)
-    return lora(tape, x, p, s)
+    return lora(tape, x, p, s, label)
 
 
-def base(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
+def base(tape: Tape, x: Tensor, p: Projection, s: Settings, label: str = "projection") -> Tensor:
     """The module without adapter."""
     if p.quantised:
         return linear_4bit(tape, x, p, s)
     if p.conv1d:
         return conv1d(tape, x, p)
-    return ops.linear(tape, x, p.weight, p.out_features, p.bias)
+    if p.adds_bias and p.bias is not None:  # FalconLinear
+        return ops.add(tape, ops.linear(tape, x, p.weight, p.out_features), p.bias, f"{label} with bias")
+    return ops.linear(tape, x, p.weight, p.out_features, p.bias, label)
 
 
-def lora(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
+def lora(tape: Tape, x: Tensor, p: Projection, s: Settings, label: str = "projection") -> Tensor:
     """peft.tuners.lora.layer.Linear.forward."""
     assert p.lora_a is not None
     assert p.lora_b is not None
-    result = base(tape, x, p, s)
+    result = base(tape, x, p, s, label)
     given = result.dtype
     x = ops.to(tape, x, p.lora_a.dtype, "adapter input, cast to the adapter's dtype")
     result = ops.add(
-        tape, result, ops.scale(tape, down_up(tape, x, p, s), "adapter output, scaled"), "projection with adapter"
-    )
-    result = ops.to(tape, result, given, "projection with adapter, cast back")
+        tape, result, ops.scale(tape, down_up(tape, x, p, s, label), f"{label}: adapter output, scaled"),
+        f"{label} with adapter",
+    )  # fmt: skip
+    result = ops.to(tape, result, given, f"{label} with adapter, cast back")
     return result  # noqa: RET504 - the name lets go of what it held before
 
 
-def down_up(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
+def down_up(tape: Tape, x: Tensor, p: Projection, s: Settings, label: str = "projection") -> Tensor:
     """`lora_B(lora_A(dropout(x)))`; each argument lives until the module that takes it returns."""
     assert p.lora_a is not None
     assert p.lora_b is not None
     dropped = ops.dropout(tape, x, s.lora_dropout)
     low = ops.linear(tape, dropped, p.lora_a, s.rank, label="adapter, rank r")
     del dropped
-    return ops.linear(tape, low, p.lora_b, p.out_features, label="adapter output")
+    return ops.linear(tape, low, p.lora_b, p.out_features, label=f"{label}: adapter output")
 
 
 def lora_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
@@ -358,10 +376,10 @@ def lora_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
     if tape.autocast is None:
         expected = result.dtype
         x = ops.to(tape, x, p.lora_a.dtype, "adapter input, cast to the adapter's dtype")
-        output = ops.scale(tape, down_up(tape, x, p, s), "adapter output, scaled")
-        output = ops.to(tape, output, expected, "adapter output, cast")
+        output = ops.scale(tape, down_up(tape, x, p, s), "projection: adapter output, scaled")
+        output = ops.to(tape, output, expected, "projection: adapter output, cast")
     else:
-        output = ops.scale(tape, down_up(tape, x, p, s), "adapter output, scaled")
+        output = ops.scale(tape, down_up(tape, x, p, s), "projection: adapter output, scaled")
     result = ops.add(tape, result, output, "projection with adapter")
     return result  # noqa: RET504 - the name lets go of what it held before
 
@@ -372,26 +390,38 @@ def conv1d(tape: Tape, x: Tensor, p: Projection) -> Tensor:
 
 
 def linear_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
-    """bitsandbytes' Linear4bit.forward: input to the compute dtype, product, back to the input's dtype."""
+    """bitsandbytes' Linear4bit.forward: input to the compute dtype, product, back to the input's dtype.
+
+    A bias has the compute dtype: the first forward casts it for good.
+    """
     given = x.dtype
     x = ops.to(tape, x, s.compute_dtype, "input cast to the compute dtype")
     return ops.to(tape, matmul_4bit(tape, x, p, s), given, "projection, cast back")
 
 
 def matmul_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
-    """MatMul4Bit: the weight is dequantised into a temporary, forward and backward; no input is saved."""
+    """MatMul4Bit: saves no input, and the weight is dequantised into a temporary, in forward unless tokens are few.
+
+    Backward dequantises into the dtype that the weight was quantised from.
+    """
     shape, dtype = x.shape, x.dtype
     numel = p.in_features * p.out_features
     blocks = -(-numel // 64)
+    rows = x.numel // p.in_features
 
     def backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
         absmax = tape.new((blocks,), "fp32", "absmax, dequantised") if s.double_quant else None
-        weight = tape.new((numel,), dtype, "weight, dequantised")
+        weight = tape.new((numel,), s.weights_dtype, "weight, dequantised")
         del absmax
+        if s.weights_dtype != dtype:
+            weight = tape.new((numel,), dtype, "weight, dequantised and cast")
         grad = tape.new(shape, dtype, "gradient of an input")
         del weight
         return [grad]
 
+    node = tape.node((x,), backward)
+    if few_tokens.is_fused(rows, p.out_features, p.in_features, dtype, s.capability, s.multiprocessors.number):
+        return ops.done(tape.new((*shape[:-1], p.out_features), dtype, "projection"), node)
     if s.double_quant:
         plain = tape.new((blocks,), "fp32", "absmax, dequantised")
         absmax = tape.new((blocks,), "fp32", "absmax with its offset")
@@ -401,7 +431,6 @@ def matmul_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
         del absmax
         del plain
     del weight
-    node = tape.node((x,), backward)
     return ops.done(out, node)
 
 
@@ -410,24 +439,33 @@ def matmul_4bit(tape: Tape, x: Tensor, p: Projection, s: Settings) -> Tensor:
 
 @dataclass(slots=True)
 class Shared:
-    """What the model makes once for all layers: rotary tables (cos, sin) and masks, by the layers' type."""
+    """What the model makes once for all layers: rotary tables (cos, sin) and masks, by the layers' type; alibi.
 
+    Layers are given `positions` too: they read the tables instead, but a checkpointed call holds its arguments.
+    """
+
+    positions: Tensor | None = None
     tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, kind: str, made: Callable[[Tensor, str], Tensor]) -> Shared:
         """What a layer of one type reads, each tensor as `made` gives it."""
         mine = Shared()
+        if self.positions is not None:
+            mine.positions = made(self.positions, "position_ids")
         if kind in self.tables:
             cos, sin = self.tables[kind]
             mine.tables[kind] = made(cos, "cosines"), made(sin, "sines")
-        if kind in self.masks:
-            mine.masks[kind] = made(self.masks[kind], "mask")
+        for name in (kind, "alibi"):
+            if name in self.masks:
+                mine.masks[name] = made(self.masks[name], "mask" if name == kind else name)
         return mine
 
     def ids(self) -> dict[str, int]:
         """The storage id of each tensor by a name."""
         named = {f"mask, {kind}": mask for kind, mask in self.masks.items()}
+        if self.positions is not None:
+            named["position_ids"] = self.positions
         for kind, (cos, sin) in self.tables.items():
             named |= {f"cosines, {kind}": cos, f"sines, {kind}": sin}
         return {name: tensor.storage.id for name, tensor in named.items() if tensor.storage is not None}
@@ -447,6 +485,8 @@ def self_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention module: projections, norms of q and k, rotary embedding, the kernel, the output projection."""
     a = layer.attention
+    if layer.family in _ATTENTION:
+        return _ATTENTION[layer.family](tape, x, layer, held, s, shared)
     if a.mla is not None:
         return _latent_attention(tape, x, layer, held, s, shared)
     q, k, v, whole = _fused(tape, x, layer, held, s) if a.qkv is not None else _separate(tape, x, layer, held, s)
@@ -456,11 +496,7 @@ def self_attention(
     if a.rotary_dim:
         q, k, parts = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
     mask = shared.masks.get(kind)
-    if layer.family == "falcon" and s.kernel != "eager":
-        out, weights = kernels.scaled_dot_product_attention(tape, q, k, v, s, mask, grouped=False), None
-        out = ops.merge_heads(tape, out)
-    else:
-        out, weights = kernels.attend(tape, q, k, v, a, s, mask)
+    out, weights = kernels.attend(tape, q, k, v, a, s, mask)
     tape.scope = a.o
     out = project(tape, out, held.projections[a.o], s)
     if layer.family in _DROPS_INSIDE:
@@ -484,6 +520,8 @@ def _latent_attention(
 
 # Families whose attention drops its own output; elsewhere the layer does.
 _DROPS_INSIDE = frozenset({"gpt2", "gpt_bigcode", "gptj", "seed_oss", "starcoder2"})
+# Families whose attention is written out in their class, without transformers' attention interface.
+_ATTENTION = {"falcon": older_attention.falcon, "gptj": older_attention.gptj, "mpt": older_attention.mpt}
 
 
 def _separate(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Heads:
@@ -549,12 +587,6 @@ def _fused(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Hea
         q, k, v = ops.split(tape, heads, [(b, n, t, d) for n in counts])
         return q, k, v, []
     flat = [(b, t, n * d) for n in counts]
-    if layer.family == "falcon":
-        rows = ops.view(tape, qkv, (b, t, sum(counts), d))
-        q = ops.part(tape, rows, (b, counts[0], t, d))
-        q.merged = True
-        k, v = (ops.index(tape, rows, (b, n, t, d)) for n in counts[1:])
-        return q, k, v, [qkv]
     sliced = layer.family == "phi3"
     cut = [ops.part(tape, qkv, shape) for shape in flat] if sliced else ops.split(tape, qkv, flat)
     k, v, q = (ops.heads(tape, cut[i], (b, counts[i], t, d)) for i in (1, 2, 0))
@@ -564,14 +596,17 @@ def _fused(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Hea
 # --- MLP ----------------------------------------------------------------------------------------------------------
 
 
-def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings) -> Tensor:
-    """Gated (`down(act(gate(x)) * up(x))`), with gate and up fused, or plain (`down(act(up(x)))`)."""
+def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings, residual: Tensor | None = None) -> Tensor:
+    """Gated (`down(act(gate(x)) * up(x))`), with gate and up fused, or plain (`down(act(up(x)))`).
+
+    A plain one that is given the residual adds it itself.
+    """
     if m.gate_up is not None:
         tape.scope = m.gate_up
         up = project(tape, x, held.projections[m.gate_up], s)
         half = (*up.shape[:-1], m.intermediate_size)
         gate, up = ops.split(tape, up, [half, half])
-        up = ops.mul(tape, up, activations.activation(tape, gate, m.activation), "gated")
+        up = ops.mul(tape, up, activations.activation(tape, gate, m.activation, trained=s.method == "full"), "gated")
         tape.scope = m.down
         out = project(tape, up, held.projections[m.down], s)
         del up, gate
@@ -585,9 +620,14 @@ def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings) -> Tensor:
     else:
         tape.scope = m.up
         inner = project(tape, x, held.projections[m.up], s)
-        inner = activations.activation(tape, inner, m.activation)
+        inner = activations.activation(tape, inner, m.activation, trained=s.method == "full")
     tape.scope = m.down
-    return project(tape, inner, held.projections[m.down], s)
+    out = project(tape, inner, held.projections[m.down], s)
+    if residual is None:
+        return out
+    total = ops.add(tape, residual, ops.dropout(tape, out, m.dropout), "residual")
+    del inner
+    return total
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------
@@ -654,6 +694,25 @@ def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, 
     return ops.add(tape, residual, fed, "residual")
 
 
+def _bloom_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """BloomBlock: the attention adds the residual itself."""
+    normed = _norm(tape, x, layer.attention_norm, held)
+    hidden, _weights = older_attention.bloom(tape, normed, x, layer, held, s, shared)
+    normed = _norm(tape, hidden, layer.mlp_norm, held)
+    assert isinstance(layer.mlp, Mlp)
+    return mlp(tape, normed, layer.mlp, held, s, residual=hidden)
+
+
+def _mpt_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
+    """MptBlock: the attention's output and the norms' stay in locals until the block returns."""
+    normed = _norm(tape, x, layer.attention_norm, held)
+    attended, _weights = self_attention(tape, normed, layer, held, s, shared)
+    hidden = ops.add(tape, attended, x, "residual")
+    normed = _norm(tape, hidden, layer.mlp_norm, held)
+    assert isinstance(layer.mlp, Mlp)
+    return mlp(tape, normed, layer.mlp, held, s, residual=hidden)
+
+
 def _gpt2_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
     """GPT2Block: the attention's output stays in a local until the block returns."""
     hidden = _norm(tape, x, layer.attention_norm, held)
@@ -709,9 +768,11 @@ def _stablelm_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings
 
 
 _LAYERS = {
+    "bloom": _bloom_layer,
     "falcon": _falcon_layer,
     "gpt2": _gpt2_layer,
     "gpt_bigcode": _gpt2_layer,
+    "mpt": _mpt_layer,
     "opt": _opt_layer,
     "stablelm": _stablelm_layer,
 }

@@ -58,6 +58,7 @@ class Gpu:
     vendor: str | None = None
     architecture: str | None = None
     compute_capability: str | None = None
+    multiprocessors: int | None = None  # or compute units
     memory_gb: int | None = None  # as marketed; most makers mean GiB
     driver_bytes: int | None = None  # the total in nvidia-smi or rocm-smi
     bandwidth_gb_s: float | None = None

@@ -131,6 +131,8 @@ class Attention:
     - deepseek_v2: complex multiplication in fp32; deepseek_v3: halves of interleaved pairs
 
     `qk_norm_over`: "head" normalises each head by itself, "all" all heads of q (or k) together.
+    `interleaved`: in a fused qkv each key-value head lies beside its queries (falcon's new architecture). `positions`:
+    rows of the table of sines and cosines that every layer keeps for itself (gptj), or of the model's alibi (mpt).
     `dropout` is on the probabilities, `output_dropout` on the branch's output before the residual is added.
     """
 
@@ -155,6 +157,8 @@ class Attention:
     dropout: float = 0.0
     output_dropout: float = 0.0
     rope: str = "llama"
+    interleaved: bool = False
+    positions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,27 +278,36 @@ class Architecture:
     @cached_property
     def total_parameters(self) -> int:
         """Number of parameters as transformers counts them over `parameters()`: a tied head once."""
-        outside = sum(module.numel for module in (*self.before, *self.after))
+        outside = sum(weight.numel for module in self.outside for weight in self.own_weights(module))
         layers = sum(layer.numel * count for layer, count in zip(self.kinds, self.counts, strict=True))
-        return outside + layers + sum(weight.numel for weight in self._head_weights())
+        return outside + layers
+
+    @property
+    def outside(self) -> tuple[Module, ...]:
+        """The modules that are not in a layer: those before the layers, those after them, the head."""
+        return (*self.before, *self.after, self.output)
+
+    def own_weights(self, module: Module) -> tuple[Weight, ...]:
+        """The parameters that a module holds itself: a tied head has the token embedding's matrix.
+
+        Tying shares the matrix only: phi's and gptj's head keep a bias of their own.
+        """
+        if module.role != "head" or not self.tied:
+            return module.weights
+        return tuple(weight for weight in module.weights if weight.name != "weight")
 
     def weights(self) -> Iterator[tuple[str, Module, Weight]]:
         """Every parameter as (full name, module, weight), in transformers' `named_parameters()` order."""
+        for path, module, _ in self.modules():
+            for weight in self.own_weights(module):
+                yield f"{path}.{weight.name}", module, weight
+
+    def modules(self) -> Iterator[tuple[str, Module, int | None]]:
+        """Every module as (full name, module, its layer's number or None), in the same order."""
         for module in self.before:
-            yield from _named("", module)
-        for index, kind in enumerate(self.order):
+            yield module.name, module, None
+        for layer, kind in enumerate(self.order):
             for module in self.kinds[kind].modules:
-                yield from _named(f"{self.layer_prefix}.{index}.", module)
-        for module in self.after:
-            yield from _named("", module)
-        for weight in self._head_weights():
-            yield f"{self.output.name}.{weight.name}", self.output, weight
-
-    def _head_weights(self) -> tuple[Weight, ...]:
-        # Tying shares the matrix only: phi's and gptj's head keep a bias of their own.
-        return tuple(weight for weight in self.output.weights if not (self.tied and weight.name == "weight"))
-
-
-def _named(prefix: str, module: Module) -> Iterator[tuple[str, Module, Weight]]:
-    for weight in module.weights:
-        yield f"{prefix}{module.name}.{weight.name}", module, weight
+                yield f"{self.layer_prefix}.{layer}.{module.name}", module, layer
+        for module in (*self.after, self.output):
+            yield module.name, module, None

@@ -15,11 +15,11 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from vramplan.planner.allocator import block_bytes
+from vramplan.planner.around import SCALED_EMBEDDING, TABLES_BY_TYPE
+from vramplan.planner.blocks import layer_type
 from vramplan.planner.paper import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vramplan.planner.layers import Architecture, Module
     from vramplan.planner.run import Run, Stretch
 
@@ -48,31 +48,38 @@ def nf4_tensors(numel: int, double_quant: bool) -> list[tuple[str, int]]:
 
 
 def held_bytes(run: Run) -> int:
-    """What `play` leaves, in the allocator's 512-byte blocks, without playing it."""
+    """What `play` and the first forward leave, in the allocator's 512-byte blocks, without playing them."""
     a, s = run.architecture, run.settings
-    itemsize = ITEMSIZE[s.frozen_dtype]
-    outside = (*a.before, *a.after, *(() if a.tied else (a.output,)))
-    groups: list[tuple[tuple[Module, ...], frozenset[str], int]] = [(outside, frozenset(), 1)]
+    itemsize, cast = ITEMSIZE[s.frozen_dtype], ITEMSIZE[s.compute_dtype]
+    groups: list[tuple[tuple[Module, ...], frozenset[str], int]] = [(a.outside, run.quantised_outside, 1)]
     for (kind, _, quantised), n in Counter(run.signatures).items():
         groups.append((a.kinds[kind].modules, quantised, n))
     total = MAP_BYTES if s.method == "qlora" and s.double_quant else 0
     for modules, quantised, n in groups:
         for module in modules:
-            for weight in module.weights:
+            for weight in a.own_weights(module):
                 if module.name in quantised and weight.name == "weight":
                     total += n * sum(block_bytes(size) for _, size in nf4_tensors(weight.numel, s.double_quant))
                 else:
-                    total += n * block_bytes(weight.numel * itemsize)
-    total += sum(block_bytes(size) for size in _rotary_frequencies(a))
+                    total += n * block_bytes(weight.numel * (cast if module.name in quantised else itemsize))
+    total += sum(block_bytes(size) for _, size in _buffers(a))
     if s.method != "full":
         total += sum(block_bytes(p.numel * ITEMSIZE[p.dtype]) for p in run.parameters)
     return total
 
 
-def _rotary_frequencies(a: Architecture) -> list[int]:
-    """inv_freq and original_inv_freq, float32."""
-    dim = max(layer.attention.rotary_dim for layer in a.kinds)
-    return [4 * (dim // 2)] * 2 if dim else []
+def _buffers(a: Architecture) -> list[tuple[str, int]]:
+    """What modules hold beside weights, float32: inv_freq and original_inv_freq, for each type of layer if they differ.
+
+    gptj's layers keep sines and cosines of every position instead; a scaled embedding keeps its scale.
+    """
+    if a.model_type == "gptj":
+        attentions = [a.kinds[kind].attention for kind in a.order]
+        return [("rotary table", 4 * attention.positions * attention.rotary_dim) for attention in attentions]
+    dims = {layer_type(layer.attention): layer.attention.rotary_dim for layer in a.kinds}
+    each = list(dims.values()) if a.model_type in TABLES_BY_TYPE else [max(dims.values())]
+    found = [("rotary frequencies", 4 * (dim // 2)) for dim in each if dim for _ in range(2)]
+    return [*found, *([("embedding scale", 4)] if a.model_type in SCALED_EMBEDDING else [])]
 
 
 def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
@@ -83,10 +90,11 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
     itemsize = ITEMSIZE[s.weights_dtype]
     events: list[int] = []
     plain: list[tuple[int, int]] = []  # id and elements of the weights that are not quantised
+    biases: dict[int, int] = {}  # the layers of those beside a quantised weight, by their place among them
     first = True
-    for name, module, layer in _modules(run):
-        quantised = layer is not None and module.name in run.quantised[layer]
-        for weight in module.weights:
+    for name, module, layer in a.modules():
+        quantised = module.name in (run.quantised_outside if layer is None else run.quantised[layer])
+        for weight in a.own_weights(module):
             if quantised and weight.name == "weight":
                 events += _quantise(run, weight.numel, itemsize, name, first)
                 first = False
@@ -97,16 +105,22 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
                     events += (2 * drawn, 2 * made, 2 * drawn + 1)
                 else:
                     events.append(2 * made)
+                if quantised and layer is not None:
+                    biases[len(plain)] = layer
                 plain.append((made, weight.numel))
-    events += [2 * program.new(size, "rotary frequencies", "weights") for size in _rotary_frequencies(a)]
+    events += [2 * program.new(size, label, "weights") for label, size in _buffers(a)]
     loaded = Stretch("loading", events)
 
     events = []
     if s.frozen_dtype != s.weights_dtype:
-        for old, numel in plain:
+        for i, (old, numel) in enumerate(plain):
             label = "weight, cast to float32 by prepare_model_for_kbit_training"
             made = program.new(4 * numel, label, "weights", program.scopes[old])
             events += (2 * made, 2 * old + 1)
+            plain[i] = (made, numel)
+    if s.frozen_dtype != s.compute_dtype:
+        for i, layer in biases.items():
+            run.biases.setdefault(layer, []).append(plain[i])
     run.plain_parameters = sum(numel for _, numel in plain)
     prepared = Stretch("k-bit preparation", events)
     return loaded, prepared, Stretch("adapter", _adapter(run) if s.method != "full" else [])
@@ -160,20 +174,11 @@ def _base_dtypes(run: Run) -> list[str]:
     """For each adapter weight, the dtype of the weight that it adapts."""
     s = run.settings
     found: dict[int, list[str]] = {}
-    for held in run.layers:
+    for held in (run.outer, *run.layers):
         if id(held) not in found:
             narrow = {id(w) for p in held.projections.values() if p.quantised for w in (p.lora_a, p.lora_b)}
             found[id(held)] = [s.weights_dtype if id(p) in narrow else s.frozen_dtype for p in held.parameters]
     inner = [dtype for held in run.layers for dtype in found[id(held)]]
-    return inner + [s.frozen_dtype] * (len(run.parameters) - len(inner))
-
-
-def _modules(run: Run) -> Iterator[tuple[str, Module, int | None]]:
-    a = run.architecture
-    for module in a.before:
-        yield module.name, module, None
-    for layer, kind in enumerate(a.order):
-        for module in a.kinds[kind].modules:
-            yield f"{a.layer_prefix}.{layer}.{module.name}", module, layer
-    for module in (*a.after, *(() if a.tied else (a.output,))):
-        yield module.name, module, None
+    outer = list(zip(run.outer.parameters, found[id(run.outer)], strict=True))
+    before = [dtype for p, dtype in outer if p.name in run.early]
+    return [*before, *inner, *(dtype for p, dtype in outer if p.name not in run.early)]

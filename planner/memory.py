@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
-from vramplan.planner import blocks, trl, units
+from vramplan.planner import around, blocks, trl, units
 from vramplan.planner.allocator import Allocator
-from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
 
     from vramplan.planner.allocator import Replay
     from vramplan.planner.attention import Kernel
-    from vramplan.planner.catalog import Gpu
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
     from vramplan.planner.parameters import ParameterCounts
     from vramplan.planner.run import Program, Stretch
-    from vramplan.planner.stack import Stack
     from vramplan.planner.training import TrainingOptions
 
+MASKS_FEWER_EXPERTS = (5, 18)  # of transformers: integrations/moe.py, only under expert parallelism from here on
+PREPARED = 1  # of a run's loading: the stretch that prepares a model in 4 bit
 STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
 SETTLED = 1000  # a step that adds less than one part in so many to what is reserved is not worth another replay
 
@@ -44,17 +43,6 @@ SOURCES = {
     "cuBLAS workspace": "torch, aten/src/ATen/cuda/CublasHandlePool.cpp: one for each thread",
     "block rounding": "torch, CUDACachingAllocator: blocks are multiples of 512 B, tails up to 1 MiB stay with them",
 }
-
-
-# what the head and the loss make (around.py, trl.py)
-LOGITS = frozenset(
-    (
-        "logits", "logits, float32", "logits, scaled", "logits, capped", "logits, divided by the cap",
-        "logits, float32 copy of the outputs", "log-probabilities", "gradient of log-probabilities",
-        "gradient of the logits, float32", "gradient of the logits", "labels, padded",
-        *trl.TILES,
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +70,9 @@ class MemoryEstimate:
 
     `context_bytes` is as the driver's tools show it; `hidden_bytes` of it are what the driver keeps for itself, beyond
     what CUDA counts as the GPU's memory. `paged_bytes` are optimizer states in managed memory, which the driver moves
-    off the GPU when room is short: they are in none of the other figures.
+    off the GPU when room is short: they are in none of the other figures. Under a limit, `retries` is how often PyTorch
+    gives its whole cache back to make room, and `out_of_memory` the phase in which that is not enough: figures are then
+    those up to there.
     """
 
     components: tuple[Component, ...]
@@ -96,6 +86,8 @@ class MemoryEstimate:
     timeline: tuple[Moment, ...] = ()
     paged_bytes: int = 0
     notes: tuple[str, ...] = ()
+    retries: int = 0
+    out_of_memory: str = ""
 
     @property
     def device_bytes(self) -> int:
@@ -126,7 +118,10 @@ def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
         checkpointing=options.gradient_checkpointing,
         kernel=_kernel(options, on),
         masked=options.padded,
-        capability=on.capability or (9, 0),
+        capability=on.capability,
+        multiprocessors=on.multiprocessors,
+        torch=on.torch,
+        masked_experts=on.transformers < MASKS_FEWER_EXPERTS,
     )
 
 
@@ -135,17 +130,20 @@ def _kernel(options: TrainingOptions, on: Device) -> Kernel:
         return "eager"
     if options.attention == "flash_attention_2":
         return "flash_attention_2"
-    return "cudnn" if on.capability in ((9, 0), (10, 0), (10, 3)) else "flash"
+    return on.kernel
 
 
 def run_of(architecture: Architecture, options: TrainingOptions, on: Device, counts: ParameterCounts) -> Run:
     """The run that `options` describe, ready to be played.
 
-    Raises UsageError for an adapter outside the layers: its parameters are counted, its ops are not known yet.
+    Raises UsageError where the optimizer has no kernel for what is trained, or where PEFT's adapter cannot run.
     """
-    outside = [target.module.name for target in counts.targets if target.layer_kind is None]
-    if outside:
-        raise UsageError(f"an adapter on {' and '.join(outside)} is not planned yet; leave it out (--target-modules)")
+    if any(target.module.variant == "router_linear" for target in counts.targets):
+        raise UsageError(  # lora.Linear.forward asks the base's result for a dtype, and the router returns a tuple
+            f"PEFT adapts the router of {architecture.model_type} too, and then its forward fails; "
+            "name other modules, such as attention (--target-modules)"
+        )
+    outside = architecture.outside if options.method == "qlora" else ()
     run = Run(
         architecture,
         settings(options, on),
@@ -155,54 +153,108 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
         _quantised(architecture, options),
         on.workspace_bytes,
         TRAINERS[options.trainer],
+        frozenset(module.name for module in outside if is_quantised(module, architecture)),
     )
     run.check()
     return run
 
 
 def estimate(
-    architecture: Architecture, options: TrainingOptions, gpu: Gpu | None, stack: Stack, counts: ParameterCounts
+    architecture: Architecture,
+    options: TrainingOptions,
+    on: Device,
+    counts: ParameterCounts,
+    limit_bytes: int | None = None,
 ) -> MemoryEstimate:
-    """Plays the run and replays it through the allocator."""
-    on = device(gpu, stack)
+    """Plays the run and replays it through the allocator, which may reserve `limit_bytes` if they are given.
+
+    Raises UsageError for what no machine holds.
+    """
     run = run_of(architecture, options, on, counts)
+    made = replay(run, options, on, SOURCES | TRAINERS[options.trainer].sources, limit_bytes)
+    return replace(made, notes=_notes(run, on))
+
+
+class Played(Protocol):
+    """A training run as events over one program: a plan's (run.py) or a trace's (probes/trace.py)."""
+
+    @property
+    def program(self) -> Program:
+        """What is known of each tensor."""
+
+    @property
+    def loading(self) -> tuple[Stretch, Stretch, Stretch]:
+        """The model on the GPU, k-bit preparation, the adapter."""
+
+    @property
+    def paged_bytes(self) -> int:
+        """Optimizer states in managed memory."""
+
+    def step(self, number: int) -> list[Stretch]:
+        """Optimizer step `number`, from 0."""
+
+
+def replay(
+    run: Played, options: TrainingOptions, on: Device, sources: Mapping[str, str], limit_bytes: int | None = None
+) -> MemoryEstimate:
+    """Replays a run through the allocator; see `estimate`. `sources` are the rows of the breakdown, in their order."""
     program = run.program
-    allocator = Allocator(expandable_segments=options.expandable_segments)
-    load, prepare, adapt = run.loading
-    loaded = _replayed(allocator, load, program)
-    _replayed(allocator, prepare, program)
-    if prepare.events:
-        allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
-    ready = _replayed(allocator, adapt, program)
-    reserved = ready.reserved_bytes  # of the training step: what loading cached for a moment is given back by now
-    best, phase = -1, ""
+    allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    best, phase, failed = -1, "", ""
     timeline: tuple[Moment, ...] = ()
-    for number in range(STEPS):
+    at_best: tuple[set[int], Sequence[Stretch], int]
+
+    def replayed(held: set[int], played: Sequence[Stretch], position: int) -> Replay:
+        nonlocal best, phase, failed, at_best, timeline
+        stretch = played[position]
+        result = allocator.replay(stretch.events, program.sizes)
+        if result.peak_allocated_bytes > best:
+            best, phase, timeline = result.peak_allocated_bytes, stretch.name, ()
+            at_best = (held, played[: position + 1], result.peak_allocated_event)
+        if result.out_of_memory:
+            if limit_bytes is None:
+                asked = units.format_bytes(result.out_of_memory.requested_bytes)
+                raise UsageError(f"a tensor of {asked} finds no room on any machine; lower --batch-size or --seq-len")
+            failed = stretch.name
+        return result
+
+    beginning = run.loading
+    before_training: list[Replay] = []
+    for position, stretch in enumerate(beginning):
+        before_training.append(replayed(set(), beginning, position))
+        if failed:
+            break
+        if stretch.events and position == PREPARED:
+            allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
+    reserved = before_training[-1].reserved_bytes  # what loading cached for a moment is given back by now
+    if not failed:
+        best = -1  # the peak of a plan is that of training
+    for number in range(0 if failed else STEPS):
         held, played = allocator.held, run.step(number)
         moments: list[Moment] = []
         before = reserved
         for position, stretch in enumerate(played):
-            result = _replayed(allocator, stretch, program)
+            result = replayed(held, played, position)
             _note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
-            if result.peak_allocated_bytes > best:
-                best, phase, timeline = result.peak_allocated_bytes, stretch.name, ()
-                at_best = (held, played[: position + 1], result.peak_allocated_event)
             reserved = max(reserved, result.peak_reserved_bytes)
+            if failed:
+                break
         timeline = timeline or tuple(moments)
-        if number > 0 and (reserved - before) * SETTLED < reserved:
+        if failed or (number > 0 and (reserved - before) * SETTLED < reserved):
             break  # a step that needed hardly more than the one before: the next is nearly the same
     return MemoryEstimate(
-        components=_components(program, _alive_at(*at_best), best, SOURCES | TRAINERS[options.trainer].sources),
+        components=_components(program, _alive_at(*at_best), best, sources),
         peak_allocated_bytes=best,
         peak_reserved_bytes=reserved,
         context_bytes=on.context_bytes,
         hidden_bytes=on.hidden_bytes,
         peak_phase=phase,
-        loaded_bytes=loaded.allocated_bytes,
-        ready_bytes=ready.allocated_bytes,
+        loaded_bytes=before_training[0].allocated_bytes,
+        ready_bytes=before_training[-1].allocated_bytes,
         timeline=timeline,
         paged_bytes=run.paged_bytes,
-        notes=_notes(run, options, on, gpu),
+        retries=allocator.retries,
+        out_of_memory=failed,
     )
 
 
@@ -212,14 +264,6 @@ def _note(moments: list[Moment], moment: Moment) -> None:
         last = moments.pop()
         moment = Moment(last.phase, max(last.peak_bytes, moment.peak_bytes), moment.end_bytes)
     moments.append(moment)
-
-
-def _replayed(allocator: Allocator, stretch: Stretch, program: Program) -> Replay:
-    result = allocator.replay(stretch.events, program.sizes)
-    if result.out_of_memory:
-        asked = units.format_bytes(result.out_of_memory.requested_bytes)
-        raise UsageError(f"a tensor of {asked} finds no room on any machine; lower --batch-size or --seq-len")
-    return result
 
 
 def _quantised(architecture: Architecture, options: TrainingOptions) -> list[frozenset[str]]:
@@ -267,7 +311,7 @@ def _components(program: Program, held: Iterable[int], total: int, sources: Mapp
 
 
 def _unnamed_part(label: str, saved: bool) -> str:
-    if label in LOGITS:
+    if around.of_logits(label) or label in trl.TILES:
         return "logits and loss"
     return "saved activations" if saved else "temporary buffers"
 
@@ -280,7 +324,7 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, options: TrainingOptions, on: Device, gpu: Gpu | None) -> tuple[str, ...]:
+def _notes(run: Run, on: Device) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
     notes: list[str] = []
     s = run.settings
@@ -295,12 +339,17 @@ def _notes(run: Run, options: TrainingOptions, on: Device, gpu: Gpu | None) -> t
             f"{units.format_gib(run.paged_bytes)} of optimizer states are paged: managed memory that stays on the "
             "GPU while there is room, and in none of these figures"
         )
-    if gpu is None:
+    if on.gpu is None:
         notes.append("no GPU is named: attention kernel, workspaces and CUDA context are those of an H200 (--gpu)")
     elif not on.context_measured:
-        notes.append(f"the CUDA context is not measured on {gpu.title}; an H200's is used, and yours may differ")
-    if options.attention == "sdpa" and s.kernel == "flash":
+        notes.append(f"the CUDA context is not measured on {on.gpu.title}; an H200's is used, and yours may differ")
+    title = on.gpu.title if on.gpu else "this GPU"
+    if "math" in run.kernels:
         notes.append(
-            f"sdpa is planned with the flash kernel, as PyTorch takes it on {gpu.title if gpu else 'this GPU'}"
+            f"PyTorch has no fused kernel for this attention on {title}: sdpa is planned with its math kernel, which "
+            "holds every score in float32"
         )
+    elif run.kernels & {"flash", "efficient"}:
+        names = " and ".join(sorted(run.kernels))
+        notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
     return tuple(notes)

@@ -19,20 +19,26 @@ def _plain(up: str, down: str, activation: str, width: int, dropout: float) -> M
     return Mlp(None, up, None, down, activation, width, dropout)
 
 
-def _fused_attention(heads: int, kv_heads: int, head_dim: int, qkv: str, out: str, **rest: Any) -> Attention:
-    defaults: dict[str, Any] = {"rotary_dim": 0, "position": "none"}
+def _attention(heads: int, head_dim: int, out: str, kv_heads: int | None = None, **rest: Any) -> Attention:
+    defaults: dict[str, Any] = {"rotary_dim": 0, "position": "none"} | dict.fromkeys(("q", "k", "v", "qkv"))
     return Attention(
         num_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_key_value_heads=kv_heads or heads,
         head_dim=head_dim,
         value_head_dim=head_dim,
-        q=None,
-        k=None,
-        v=None,
-        qkv=qkv,
         o=out,
         **{**defaults, **rest},
     )
+
+
+def _qkv(path: str) -> dict[str, Any]:
+    """The names of three projections in one module."""
+    return {name: f"{path}.{name}_proj" for name in "qkv"}
+
+
+def _alike(config: Config, layer: Layer, **rest: Any) -> Architecture:
+    """A model whose layers are all of one kind."""
+    return assemble(config, kinds=(layer,), order=(0,) * config.size("num_hidden_layers"), **rest)
 
 
 def gpt2(config: Config) -> Architecture:
@@ -64,12 +70,12 @@ def _gpt(config: Config, kv_heads: int, project: Callable[[str, int, int, Role],
             project("mlp.c_fc", hidden, width, "mlp"),
             project("mlp.c_proj", width, hidden, "mlp"),
         ),
-        attention=_fused_attention(
+        attention=_attention(
             heads,
-            kv_heads,
             head_dim,
-            "attn.c_attn",
             "attn.c_proj",
+            kv_heads,
+            qkv="attn.c_attn",
             position="learned",
             dropout=config.probability("attn_pdrop"),
             output_dropout=dropout,
@@ -79,14 +85,13 @@ def _gpt(config: Config, kv_heads: int, project: Callable[[str, int, int, Role],
         mlp_norm="ln_2",
     )
     positions = config.size("max_position_embeddings")
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(
             embedding("transformer.wte", vocabulary, hidden),
             embedding("transformer.wpe", positions, hidden, "position_embedding"),
         ),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(layer_norm("transformer.ln_f", hidden),),
         layer_prefix="transformer.h",
         embedding_dropout=config.probability("embd_pdrop"),
@@ -109,12 +114,11 @@ def gpt_neox(config: Config) -> Architecture:
             linear("mlp.dense_h_to_4h", hidden, width, "mlp", bias=True),
             linear("mlp.dense_4h_to_h", width, hidden, "mlp", bias=True),
         ),
-        attention=_fused_attention(
-            heads,
+        attention=_attention(
             heads,
             head_dim,
-            qkv,
             out,
+            qkv=qkv,
             position="rotary",
             rotary_dim=int(head_dim * config.rotary_factor(0.25)),
             rope="gpt_neox",
@@ -126,11 +130,10 @@ def gpt_neox(config: Config) -> Architecture:
         mlp_norm="post_attention_layernorm",
         parallel=config.flag("use_parallel_residual"),
     )
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(embedding("gpt_neox.embed_in", vocabulary, hidden),),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(layer_norm("gpt_neox.final_layer_norm", hidden),),
         layer_prefix="gpt_neox.layers",
         embedding_dropout=dropout,
@@ -158,18 +161,12 @@ def opt(config: Config) -> Architecture:
             linear("fc2", width, hidden, "mlp", bias=bias),
             layer_norm("final_layer_norm", hidden, affine=affine),
         ),
-        attention=Attention(
-            num_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=head_dim,
-            value_head_dim=head_dim,
-            rotary_dim=0,
+        attention=_attention(
+            heads,
+            head_dim,
+            "self_attn.out_proj",
             position="learned",
-            q="self_attn.q_proj",
-            k="self_attn.k_proj",
-            v="self_attn.v_proj",
-            qkv=None,
-            o="self_attn.out_proj",
+            **_qkv("self_attn"),
             dropout=config.probability("attention_dropout"),
             output_dropout=dropout,
         ),
@@ -188,11 +185,10 @@ def opt(config: Config) -> Architecture:
     project_out = (linear(f"{path}project_out", hidden, narrow, "projection"),) if narrow != hidden else ()
     has_norm = norm_first and not config.flag("_remove_final_layer_norm")
     last_norm = (layer_norm(f"{path}final_layer_norm", hidden, affine=affine),) if has_norm else ()
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(tokens, positions, *project_out, *project_in, *last_norm),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(),
         layer_prefix=f"{path}layers",
         embeddings=(tokens, positions, *project_in),
@@ -217,12 +213,11 @@ def bloom(config: Config) -> Architecture:
             linear("mlp.dense_h_to_4h", hidden, width, "mlp", bias=True),
             linear("mlp.dense_4h_to_h", width, hidden, "mlp", bias=True),
         ),
-        attention=_fused_attention(
-            heads,
+        attention=_attention(
             heads,
             head_dim,
-            qkv,
             out,
+            qkv=qkv,
             position="alibi",
             dropout=config.probability("attention_dropout"),
             output_dropout=dropout,
@@ -231,14 +226,13 @@ def bloom(config: Config) -> Architecture:
         attention_norm="input_layernorm",
         mlp_norm="post_attention_layernorm",
     )
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(
             embedding("transformer.word_embeddings", vocabulary, hidden),
             layer_norm("transformer.word_embeddings_layernorm", hidden),
         ),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(layer_norm("transformer.ln_f", hidden),),
         layer_prefix="transformer.h",
     )
@@ -285,13 +279,14 @@ def falcon(config: Config) -> Architecture:
             falcon_linear("mlp.dense_4h_to_h", width, hidden, "mlp"),
             *(layer_norm(name, hidden) for name in names),
         ),
-        attention=_fused_attention(
+        attention=_attention(
             heads,
-            kv_heads,
             head_dim,
-            qkv,
             out,
+            kv_heads,
+            qkv=qkv,
             position="alibi" if alibi else "rotary",
+            interleaved=new,
             rotary_dim=0 if alibi else head_dim,
             # Without alibi, falcon's attention applies no dropout.
             dropout=config.probability("attention_dropout") if alibi else 0.0,
@@ -302,11 +297,10 @@ def falcon(config: Config) -> Architecture:
         mlp_norm=mlp_norm,
         parallel=parallel,
     )
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(embedding("transformer.word_embeddings", vocabulary, hidden),),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(layer_norm("transformer.ln_f", hidden),),
         layer_prefix="transformer.h",
     )
@@ -331,32 +325,27 @@ def gptj(config: Config) -> Architecture:
             linear("mlp.fc_in", hidden, width, "mlp", bias=True),
             linear("mlp.fc_out", width, hidden, "mlp", bias=True),
         ),
-        attention=Attention(
-            num_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=head_dim,
-            value_head_dim=head_dim,
+        attention=_attention(
+            heads,
+            head_dim,
+            "attn.out_proj",
             rotary_dim=rotary_dim,
             position="rotary",
-            q="attn.q_proj",
-            k="attn.k_proj",
-            v="attn.v_proj",
-            qkv=None,
-            o="attn.out_proj",
+            **_qkv("attn"),
             dropout=config.probability("attn_pdrop"),
             output_dropout=dropout,
             rope="gptj",
+            positions=config.size("max_position_embeddings"),
         ),
         mlp=_plain("mlp.fc_in", "mlp.fc_out", config.text("activation_function"), width, dropout),
         attention_norm="ln_1",
         mlp_norm="ln_1",
         parallel=True,
     )
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(embedding("transformer.wte", vocabulary, hidden),),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(layer_norm("transformer.ln_f", hidden),),
         layer_prefix="transformer.h",
         head_bias=True,
@@ -378,23 +367,22 @@ def mpt(config: Config) -> Architecture:
             linear("ffn.up_proj", hidden, width, "mlp"),
             linear("ffn.down_proj", width, hidden, "mlp"),
         ),
-        attention=_fused_attention(
-            heads,
+        attention=_attention(
             heads,
             head_dim,
-            "attn.Wqkv",
             "attn.out_proj",
+            qkv="attn.Wqkv",
             position="alibi",
+            positions=config.size("max_seq_len"),
         ),
         mlp=_plain("ffn.up_proj", "ffn.down_proj", "gelu", width, 0.0),
         attention_norm="norm_1",
         mlp_norm="norm_2",
     )
-    return assemble(
+    return _alike(
         config,
+        layer,
         before=(embedding("transformer.wte", vocabulary, hidden),),
-        kinds=(layer,),
-        order=(0,) * config.size("num_hidden_layers"),
         after=(norm("transformer.norm_f", hidden, "layer_norm"),),
         layer_prefix="transformer.blocks",
     )

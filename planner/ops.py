@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from vramplan.planner.paper import ITEMSIZE, Parameter, Tape, Tensor, column_sum_bytes
+from vramplan.planner.paper import ITEMSIZE, Parameter, Tape, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,6 +118,13 @@ def scale(tape: Tape, a: Tensor, label: str = "scaled") -> Tensor:
     shape, dtype = a.shape, a.dtype
     node = tape.node((a,), lambda g, _: [tape.new(shape, dtype, "gradient, scaled", layout(g))])
     return done(tape.new(shape, dtype, label, a.merged), node)
+
+
+def scale_(tape: Tape, a: Tensor) -> Tensor:
+    """`a *= number`: in a's memory; a fresh gradient."""
+    shape, dtype = a.shape, a.dtype
+    node = tape.node((a,), lambda g, _: [tape.new(shape, dtype, "gradient, scaled", layout(g))])
+    return Tensor(a.storage, shape, dtype, node)
 
 
 def shift(tape: Tape, a: Tensor, label: str = "sum") -> Tensor:
@@ -339,13 +346,23 @@ def regrouped(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
     return Tensor(x.storage, shape, dtype, node)
 
 
-def heads(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
-    """`x.view(B, T, N, D).transpose(1, 2)`: a view; the way back copies a gradient whose heads are apart (reshape)."""
+def expand(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
+    """`torch.broadcast_to`: a view; the gradient is summed over what was repeated."""
+    whole, dtype = x.shape, x.dtype
+    node = tape.node((x,), lambda _, __: [tape.new(whole, dtype, "gradient of repeated heads")])
+    return Tensor(x.storage, shape, dtype, node)
+
+
+def heads(tape: Tape, x: Tensor, shape: Shape, *, transposed: bool = False) -> Tensor:
+    """`x.view(B, T, N, D).transpose(1, 2)`: a view; the way back copies a gradient whose heads are apart (reshape).
+
+    `transposed`: the gradient is that of keys which go into a product as [D, T]: a token's heads are one row of it.
+    """
     whole, dtype = x.shape, x.dtype
 
     def backward(grads: Grads, _: Grads) -> Grads:
         grad = grads[0]
-        if grad is not None and grad.one_row:
+        if grad is not None and (grad.one_row or transposed):
             return [Tensor(grad.storage, whole, dtype).aliased()]
         return [tape.new(whole, dtype, "gradient, heads merged").aliased()]
 
@@ -406,7 +423,7 @@ def linear(
     needs_a, needs_m, needs_c = a.node is not None, m.node is not None, c is not None and c.node is not None
     biased = c is not None
 
-    def backward(_: Grads, __: Grads) -> Grads:
+    def backward(grads: Grads, _: Grads) -> Grads:
         into_a = into_m = None
         if biased and needs_a:
             into_a = _unfolded(tape.new(a_shape, dtype, "gradient of an input"))
@@ -414,15 +431,12 @@ def linear(
             into_m = tape.new(m_shape, dtype, "gradient of a weight").aliased()  # of the transpose
         if not biased and needs_a:
             into_a = _unfolded(tape.new(a_shape, dtype, "gradient of an input"))
-        into_c = None
-        if needs_c:
-            into_c = tape.new((out_features,), dtype, "gradient of a bias")
-            rows = prod(a_shape[:-1])
-            tape.moment(column_sum_bytes(rows, out_features, tape.multiprocessors), "buffer of a sum")
-        return [into_a, into_m, into_c]
+        return [into_a, into_m, grads[0] if needs_c else None]
 
     kept = (a if needs_m else None, m if needs_a else None)
-    node = tape.node((a, m, c), backward, kept if biased else kept[::-1])
+    # the bias's gradient is summed over the rows when the engine fits it to the bias
+    fits = ((a_shape, dtype), (m_shape, dtype), ((out_features,), dtype)) if needs_c else ()
+    node = tape.node((a, m, c), backward, kept if biased else kept[::-1], fits=fits)
     del kept
     out = tape.new((*a_shape[:-1], out_features), dtype, label)
     del a, m, c  # the casts, if any, go in the reverse of their order
@@ -482,6 +496,24 @@ def softmax(tape: Tape, x: Tensor, label: str = "probabilities") -> Tensor:
         return [grad]
 
     out = tape.new(shape, dtype, label)
+    return done(out, tape.node((x,), backward, (out,)))
+
+
+def wide_softmax(tape: Tape, x: Tensor, label: str = "probabilities") -> Tensor:
+    """`softmax(x, dtype=float32)`, which autocast makes of any: float16 is read as it is, bfloat16 copied first.
+
+    aten/src/ATen/native/SoftMax.cpp, softmax: half_to_float. The gradient of the one op is float16 then.
+    """
+    if x.dtype != "fp16":
+        return softmax(tape, to(tape, x, "fp32", "scores, float32"), label)
+    shape = x.shape
+
+    def backward(_: Grads, __: Grads) -> Grads:
+        grad = tape.new(shape, "fp16", "gradient of a softmax")
+        tape.moment(2 * grad.nbytes, "gradient times probabilities")
+        return [grad]
+
+    out = tape.new(shape, "fp32", label)
     return done(out, tape.node((x,), backward, (out,)))
 
 

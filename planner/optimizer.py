@@ -18,10 +18,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from vramplan.planner.allocator import change
 from vramplan.planner.errors import UsageError, unknown
-from vramplan.planner.paper import ITEMSIZE, Shape, Storage, Tape, Tensor
+from vramplan.planner.paper import H200, ITEMSIZE, Multiprocessors, Shape, Storage, Tape, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -69,16 +70,6 @@ class Optimizer:
     def quantised(self) -> bool:
         """Whether states of large parameters have 8 bits."""
         return bool(self.tables)
-
-
-class Multiprocessors(NamedTuple):
-    """What of the GPU decides the buffers of large reductions; the defaults are the H200's."""
-
-    number: int = 132
-    threads: int = 2048  # of one multiprocessor (CUDA C++ Programming Guide, technical specifications)
-
-
-H200 = Multiprocessors()
 
 
 _ADAM32 = (State("exp_avg"), State("exp_avg_sq"))
@@ -372,16 +363,46 @@ def play(
         state["replaced"] = Held(tape, kept[: program.replaced])
 
 
+def changes(
+    optimizer: Optimizer,
+    parameters: Sequence[Parameter],
+    *,
+    embeddings: Collection[str] = (),
+    layer_norms: Collection[str] = (),
+    scaled: bool = False,
+    gpu: Multiprocessors = H200,
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """In bytes of blocks: what a step leaves, and what clipping and a later step add, each with the most on the way.
+
+    As `play_unscale`, `play_clip` and `play` have it, without a tape. The norm of the step before goes before all that.
+    """
+    specs = _specs(parameters, embeddings if optimizer.quantised else (), layer_norms)
+    made = _program(optimizer, specs, True, False, gpu).change[0]
+    if optimizer.eager:
+        made += _creation(optimizer, specs).change[0]
+    norm, most = _clip(parameters).change
+    clip, step = (0, most - norm), _program(optimizer, specs, False, scaled, gpu).change
+    if scaled:  # found_inf stays from before clipping until after the step
+        found_inf, most = _unscale_program().change
+        clip = (found_inf, max(most - norm, found_inf + clip[1]))
+        step = (step[0] - found_inf, step[1])
+    return made + norm, clip, step
+
+
 def play_clip(tape: Tape, parameters: Sequence[Parameter]) -> Held:
     """`clip_grad_norm_` over all gradients, in the order of model.parameters(); returns the norm, which lives on.
 
     transformers holds it as grad_norm until just before the next step's clipping.
     """
-    return Held(tape, _place(tape, _clip_program(tuple([(p.shape, p.dtype, False) for p in parameters]))))
+    return Held(tape, _place(tape, _clip(parameters)))
+
+
+def _clip(parameters: Iterable[Parameter]) -> _Program:
+    return _clip_program(tuple([(p.shape, p.dtype, False) for p in parameters]))
 
 
 def play_unscale(tape: Tape) -> Held:
-    """`GradScaler.unscale_`, before clipping in float16; returns found_inf, to be let go after `play`."""
+    """`GradScaler.unscale_`, before clipping in float16; returns found_inf, which `GradScaler.update` lets go."""
     return Held(tape, _place(tape, _unscale_program()))
 
 
@@ -400,6 +421,7 @@ class _Program:
     labels: tuple[str, ...]
     events: tuple[int, ...]
     kept: tuple[int, ...]  # ids that live on; the first of them replace those kept before
+    change: tuple[int, int]  # what its events add in bytes of blocks, and the most on the way
     replaced: int = 0
     carried: tuple[tuple[int, int], ...] = ()  # events that free a tensor kept before: (position, which)
 
@@ -430,6 +452,7 @@ def _finish(tape: Tape, kept: Iterable[int], replaced: int = 0, before: int = 0)
         tuple(tape.labels[before:]),
         tuple([e - 2 * before for e in events]),
         tuple([i - before for i in kept]),
+        change(events, tape.sizes),
         replaced,
         carried,
     )

@@ -19,13 +19,23 @@ from __future__ import annotations
 
 import heapq
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Shape = tuple[int, ...]
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+
+class Multiprocessors(NamedTuple):
+    """What of the GPU decides how many thread blocks share a sum; the defaults are the H200's."""
+
+    number: int = 132
+    threads: int = 2048  # of one multiprocessor (CUDA C++ Programming Guide, technical specifications)
+
+
+H200 = Multiprocessors()
 
 
 class Tape:
@@ -36,7 +46,7 @@ class Tape:
         "sizes",
     )  # fmt: skip
 
-    def __init__(self, autocast: str | None = None) -> None:
+    def __init__(self, autocast: str | None = None, multiprocessors: Multiprocessors = H200) -> None:
         self.events: list[int] = []
         self.sizes: list[int] = []
         self.labels: list[str] = []
@@ -48,7 +58,7 @@ class Tape:
         self.frame: Frame | None = None  # the checkpointed call that is running, if one is
         self.scope = ""
         self.seq = 0
-        self.multiprocessors = 132  # of the GPU (H100, H200); sets how many thread blocks share a sum
+        self.multiprocessors = multiprocessors
 
     def new(self, shape: Shape, dtype: str, label: str, merged: bool = False) -> Tensor:
         """A fresh tensor of `shape`; `label` says which op made it, `merged` how it lies in memory (Tensor)."""
@@ -346,7 +356,7 @@ def _fitted(tape: Tape, grad: Tensor | None, shape: Shape, dtype: str) -> Tensor
     return grad
 
 
-def column_sum_bytes(rows: int, columns: int, multiprocessors: int) -> int:
+def column_sum_bytes(rows: int, columns: int, multiprocessors: Multiprocessors = H200) -> int:
     """The buffer in which thread blocks add up the columns of [rows, columns], 0 where one block does.
 
     aten/src/ATen/native/cuda/Reduce.cuh (setReduceConfig, global_memory_size) for outputs taken four at a time.
@@ -360,7 +370,7 @@ def column_sum_bytes(rows: int, columns: int, multiprocessors: int) -> int:
         return 0
     values = -(-rows // height)
     grid = -(-outputs // width)
-    target = multiprocessors * (2048 // (width * height))
+    target = multiprocessors.number * (multiprocessors.threads // (width * height))
     if values < 256 or grid > target:
         return 0
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
@@ -419,15 +429,17 @@ def backward(tape: Tape, roots: list[tuple[Node, int, Tensor]], stops: Sequence[
         frame = node.frame
         if frame is not None and not frame.again:
             frame.recompute(tape)
-        out = node.backward(grads, node.saved)
+        results = list(node.backward(grads, node.saved))
+        # What nobody asked for goes with the function's locals; a gradient that the engine fits is an output still.
+        for i, edge in enumerate(node.edges):
+            if edge is None:
+                results[i] = None
         # What went through checkpoint's hooks is handed out once, so it goes with the function's locals, the last
         # first; plain saved variables are released after the function and its gradients, and so is the recomputed
         # call, which those hooks hold (engine.cpp, evaluate_function).
         if frame is not None:
             node.saved.reverse()
             _release(node.saved)
-        results = list(out)
-        del out
         for i, (shape, dtype) in enumerate(node.fits):
             results[i] = _fitted(tape, results[i], shape, dtype)
         _release(grads)

@@ -88,6 +88,7 @@ class ParameterCounts:
     layer_prefix: str
     names: tuple[str, ...] | Literal["all-linear"]
     base_dtype: str = "BF16"
+    adapter_dtype: str = "F32"
 
     @property
     def frozen(self) -> int:
@@ -101,7 +102,7 @@ class ParameterCounts:
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Size of the adapter_model.safetensors that peft saves: float32 adapters and the file's header, exactly.
+        """Size of the adapter_model.safetensors that peft saves: the adapters and the file's header, exactly.
 
         Where embed_tokens or lm_head is adapted by that name, peft saves the base's embedding with it, in the dtype
         that the base is held in.
@@ -122,8 +123,8 @@ class ParameterCounts:
             else:
                 suffixes = ("lora_A.weight", "lora_B.weight")
             for prefix in self._prefixes(target):
-                yield f"{prefix}{suffixes[0]}", "F32", a
-                yield f"{prefix}{suffixes[1]}", "F32", b
+                yield f"{prefix}{suffixes[0]}", self.adapter_dtype, a
+                yield f"{prefix}{suffixes[1]}", self.adapter_dtype, b
 
     def _saved_embeddings(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         if not any(name in self.names for name in _SAVED_WITH_BASE):
@@ -151,8 +152,9 @@ def count(
     *,
     lora_dropout: float = 0.0,
     base_dtype: str = "BF16",
+    adapter_dtype: str = "F32",
 ) -> ParameterCounts:
-    """The parameters of a LoRA adapter of this rank; `base_dtype` is safetensors' name of the base's dtype.
+    """The parameters of a LoRA adapter of this rank; the dtypes are safetensors' names of the base's and its own.
 
     Raises UsageError for unknown target modules and for a rank that is below 1 or above every adapted matrix.
     """
@@ -166,6 +168,7 @@ def count(
         layer_prefix=architecture.layer_prefix,
         names=target_names(architecture, target_modules),
         base_dtype=base_dtype,
+        adapter_dtype=adapter_dtype,
     )
 
 

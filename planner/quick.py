@@ -6,10 +6,9 @@ For sweeps and for comparing plans. Sizes are rounded to the allocator's 512 byt
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from vramplan.planner.allocator import block_bytes
+from vramplan.planner.allocator import block_bytes, change
 from vramplan.planner.loading import held_bytes
 from vramplan.planner.run import CUBLASLT_BYTES
 
@@ -18,33 +17,27 @@ if TYPE_CHECKING:
 
     from vramplan.planner.run import Run
 
+_SCALAR = block_bytes(4)
 _Change = tuple[int, int]  # what a run of events adds, and the most it adds on the way
-_NOTHING: frozenset[int] = frozenset()
 
 
-def change(events: Sequence[int], sizes: Sequence[int], without: Collection[int] = _NOTHING) -> _Change:
-    """What `events` add in bytes of blocks; frees of the tensors `without` are passed over."""
-    blocks = {i: block_bytes(sizes[i]) for i in {e >> 1 for e in events}}
-    if without:
-        events = [e for e in events if not (e & 1 and e >> 1 in without)]
-    running = list(accumulate([-blocks[e >> 1] if e & 1 else blocks[e >> 1] for e in events], initial=0))
-    return running[-1], max(running)
+def _without(events: Sequence[int], held: Collection[int]) -> Sequence[int]:
+    """`events` but for the frees of the tensors `held`."""
+    return [e for e in events if not (e & 1 and e >> 1 in held)] if held else events
 
 
 def peak_bytes(run: Run) -> int:
     """The highest sum of 512-byte blocks in a step after the first, when states and workspaces are there."""
-    s, sizes = run.settings, run.program.sizes
-    held = held_bytes(run)
-    held += len(run.trainer.batch) * run.accumulation * block_bytes(8 * s.batch * s.seq)
-    held += 2 * run.workspace_bytes + (CUBLASLT_BYTES * (1 + s.checkpointing) if run.uses_cublaslt else 0)
-    held += sum(change(stretch.events, sizes)[0] for stretch in run.update(first=True))
-    highest = now = held
-    for again in (False, True)[: min(run.accumulation, 2)]:
-        for net, most in _micro_step(run, again):
-            highest = max(highest, now + most)
-            now += net
-    for stretch in run.update(first=False):
-        net, most = change(stretch.events, sizes)
+    s = run.settings
+    states, *update = run.update_changes()
+    now = held_bytes(run) + states
+    now += len(run.trainer.batch) * run.accumulation * block_bytes(8 * s.batch * s.seq)
+    now += 3 * _SCALAR  # the number of tokens, the loss so far, that of the last micro-step
+    now += 2 * run.workspace_bytes + (CUBLASLT_BYTES * (1 + s.checkpointing) if run.uses_cublaslt else 0)
+    now += 2 * block_bytes(4) * run.scaled  # the loss scale and its growth tracker
+    highest = now
+    micro_steps = (False, True)[: min(run.accumulation, 2)]
+    for net, most in (*(each for again in micro_steps for each in _micro_step(run, again)), *update):
         highest = max(highest, now + most)
         now += net
     return highest
@@ -64,15 +57,15 @@ def _micro_step(run: Run, again: bool) -> Iterator[_Change]:
         piece, first = pieces[i], i == 0 and not (early and what == "backward")
         key = (id(piece), what, first)
         if key not in sums:
-            without = {*piece.shared.values(), *([piece.given] if first else [])}
-            sums[key] = change(getattr(piece, what), piece.sizes, without)
+            held = {*piece.shared.values(), *([piece.given] if first else [])}
+            sums[key] = change(_without(getattr(piece, what), held), piece.sizes)
         return sums[key]
 
-    yield change(around.events[:start], around.tape.sizes, beside)
+    yield change(_without(around.events[:start], beside), around.tape.sizes)
     yield from (layer(i, "forward") for i in range(len(pieces)))
-    yield change(around.events[start:left], around.tape.sizes, beside)
+    yield change(_without(around.events[start:left], beside), around.tape.sizes)
     yield from (layer(i, "leaving") for i in range(len(pieces)))
-    yield change(around.events[left:back], around.tape.sizes, beside)
+    yield change(_without(around.events[left:back], beside), around.tape.sizes)
     yield from (layer(i, "backward") for i in reversed(range(len(pieces))))
-    yield change(around.events[back:], around.tape.sizes, beside)
+    yield change(_without(around.events[back:], beside), around.tape.sizes)
     yield -sum(block_bytes(around.tape.sizes[i]) for i in around.shared.values()), 0

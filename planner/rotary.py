@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vramplan.planner.paper import Tape, Tensor
 
 # Families that rotate inside the attention's forward, whose locals keep the parts until it returns.
-_IN_FORWARD = frozenset({"phi", "stablelm", "gptj"})
+_IN_FORWARD = frozenset({"phi", "stablelm"})
 
 
 def rotate(
@@ -19,7 +19,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """q and k rotated by tables [1, T, .], and what the attention's forward keeps of it in locals until it returns."""
     if family in _IN_FORWARD and a.rotary_dim < a.head_dim:
-        parts = [*_cut(tape, q, a.rotary_dim), *_cut(tape, k, a.rotary_dim)]
+        parts = [*cut(tape, q, a.rotary_dim), *cut(tape, k, a.rotary_dim)]
         parts[0], parts[2] = (_whole(tape, parts[i], cos, sin, family) for i in (0, 2))
         q, k = ops.cat(tape, parts[:2], q.shape, "rotated q"), ops.cat(tape, parts[2:], k.shape, "rotated k")
         parts.reverse()  # a list lets go of its last element first
@@ -67,7 +67,7 @@ def _whole(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor
     """`x * cos + rotate_half(x) * sin`."""
     table = (1, 1, x.shape[2], x.shape[3])
     wide = "fp32" if rope == "ernie4_5" else x.dtype
-    swap = _rotate_pairs if rope in ("glm", "cohere", "gptj", "ernie4_5") else _rotate_half
+    swap = _rotate_pairs if rope in ("glm", "cohere", "ernie4_5") else rotate_half
     return ops.add(
         tape,
         ops.mul(tape, ops.to(tape, x, wide, "float32 copy"), cos.view(*table), "rotary: x cos"),
@@ -76,7 +76,7 @@ def _whole(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor
     )
 
 
-def _rotate_half(tape: Tape, x: Tensor) -> Tensor:
+def rotate_half(tape: Tape, x: Tensor) -> Tensor:
     """`cat((-x2, x1), -1)` with x1, x2 the two halves (slices)."""
     half = (*x.shape[:-1], x.shape[-1] // 2)
     x1 = ops.part(tape, x, half)
@@ -85,10 +85,10 @@ def _rotate_half(tape: Tape, x: Tensor) -> Tensor:
 
 
 # `stack((-x2, x1), -1).flatten(-2)` with x1, x2 every second element: the same in memory
-_rotate_pairs = _rotate_half
+_rotate_pairs = rotate_half
 
 
-def _cut(tape: Tape, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def cut(tape: Tape, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """`x[..., :dim], x[..., dim:]`."""
     return ops.part(tape, x, (*x.shape[:-1], dim)), ops.part(tape, x, (*x.shape[:-1], x.shape[-1] - dim))
 
@@ -97,7 +97,7 @@ def _partial(
     tape: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, a: Attention, family: str
 ) -> tuple[Tensor, Tensor]:
     """The first `rotary_dim` of each head rotated, the rest passed by (slices and a concatenation)."""
-    (q_rot, q_pass), (k_rot, k_pass) = _cut(tape, q, a.rotary_dim), _cut(tape, k, a.rotary_dim)
+    (q_rot, q_pass), (k_rot, k_pass) = cut(tape, q, a.rotary_dim), cut(tape, k, a.rotary_dim)
     if family == "nemotron":  # both in the return statement
         q_turned, k_turned = _whole(tape, q_rot, cos, sin, a.rope), _whole(tape, k_rot, cos, sin, a.rope)
         return ops.cat(tape, (q_turned, q_pass), q.shape), ops.cat(tape, (k_turned, k_pass), k.shape)

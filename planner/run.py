@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vramplan.planner import blocks, loading, optimizer, step, trl
+from vramplan.planner import attention, blocks, loading, optimizer, step
 from vramplan.planner.allocator import block_bytes
-from vramplan.planner.paper import Parameter, Tape
+from vramplan.planner.paper import ITEMSIZE, Parameter, Tape
 from vramplan.planner.step import NOWHERE
 from vramplan.planner.trainer import TRANSFORMERS
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from vramplan.planner.blocks import Held, Settings
-    from vramplan.planner.layers import Architecture
+    from vramplan.planner.layers import Architecture, Module
     from vramplan.planner.parameters import ParameterCounts
     from vramplan.planner.trainer import Trainer
 
@@ -107,6 +107,7 @@ class Run:
     def __init__(
         self, architecture: Architecture, s: Settings, counts: ParameterCounts, optimizer_name: str, accumulation: int,
         quantised: Sequence[frozenset[str]], workspace_bytes: int, trainer: Trainer = TRANSFORMERS,
+        quantised_outside: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.architecture = architecture
         self.settings = s
@@ -116,17 +117,23 @@ class Run:
         self.trainer = trainer
         self.program = Program()
         self._adapted = _adapted(architecture, counts)
-        self.quantised = quantised
+        self.quantised = quantised  # for each layer, its modules that are held in 4 bit
+        self.quantised_outside = quantised_outside
         self._pieces: dict[tuple[object, ...], step.Piece] = {}
         self._plain: dict[tuple[object, ...], Held] = {}
-        outside = (*architecture.before, *architecture.after, *(() if architecture.tied else (architecture.output,)))
-        self.outer = blocks.hold(outside, s, frozenset(), frozenset())
+        self.outer = blocks.hold(
+            architecture.outside, s, frozenset(t.module.name for t in counts.targets if t.layer_kind is None),
+            quantised_outside, self.token_embedding.name if architecture.tied else "",
+        )  # fmt: skip
         self.layers = [self._hold(i) for i in range(architecture.num_hidden_layers)]
         self.parameters = self._all_parameters()
         self.plain_parameters = 0  # elements of base weights that are not quantised
+        self.biases: dict[int, list[tuple[int, int]]] = {}  # by layer: those that bitsandbytes casts, (id, elements)
         self._batch: list[int] = []
+        self._loss = NOWHERE
         self._states: dict[str, optimizer.Held] = {}
         self._norm: optimizer.Held | None = None
+        self._found_inf: optimizer.Held | None = None
         self._outside = Tape()  # clipping and the optimizer
         self._outside_ids: list[int] = []
         self._micro_steps: dict[bool, tuple[list[Stretch], list[int]]] = {}
@@ -142,9 +149,41 @@ class Run:
         return list(zip(self.architecture.order, self._adapted, self.quantised, strict=True))
 
     @property
+    def token_embedding(self) -> Module:
+        """The module that looks tokens up."""
+        return next(m for m in self.architecture.embeddings if m.role == "token_embedding")
+
+    @cached_property
+    def kernels(self) -> frozenset[attention.Kernel]:
+        """The attention kernels that the layers are played with."""
+        s, masks = self.settings, step.shared(self.architecture, self.outer, self.settings).masks
+        return frozenset(
+            attention.planned(
+                layer.attention, s, masked=blocks.layer_type(layer.attention) in masks, grouped=layer.family != "falcon"
+            )
+            for layer in self.architecture.kinds
+        )
+
+    @property
+    def scaled(self) -> bool:
+        """Whether accelerate trains with torch's GradScaler: under float16 autocast (accelerate/accelerator.py)."""
+        return self.settings.autocast == "fp16"
+
+    @property
     def uses_cublaslt(self) -> bool:
         """Whether a layer has a product with a bias."""
-        return any(p.bias is not None for p in self.layers[0].projections.values())
+        return any(p.bias is not None and not p.adds_bias for p in self.layers[0].projections.values())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient for each trained weight (torch, AccumulateGrad: in its dtype)."""
+        return sum(p.numel * ITEMSIZE[p.dtype] for p in self.parameters)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states, but for those in managed memory."""
+        tables = self._embeddings
+        return sum(optimizer.state_bytes(self.optimizer, p.shape, p.dtype, p.name in tables) for p in self.parameters)
 
     @property
     def paged_bytes(self) -> int:
@@ -187,15 +226,20 @@ class Run:
     def _all_parameters(self) -> list[Parameter]:
         """The trained parameters in the order of named_parameters(): a fresh object for each layer's."""
         a = self.architecture
-        outer = {p.name: p for p in self.outer.parameters}
-        before = [p for m in a.before for w in m.weights if (p := outer.get(f"{m.name}.{w.name}"))]
-        after = [p for p in self.outer.parameters if p not in before]
+        before = [p for p in self.outer.parameters if p.name in self.early]
+        after = [p for p in self.outer.parameters if p.name not in self.early]
         inner = [
             Parameter(f"{a.layer_prefix}.{i}.{p.name}", p.shape, p.dtype, True)
             for i, held in enumerate(self.layers)
             for p in held.parameters
         ]
         return [*before, *inner, *after]
+
+    @cached_property
+    def early(self) -> frozenset[str]:
+        """Names of the trained parameters that are registered before the layers."""
+        prefixes = tuple(f"{m.name}." for m in self.architecture.before)
+        return frozenset(p.name for p in self.outer.parameters if p.name.startswith(prefixes))
 
     # --- forward and backward -------------------------------------------------------------------------------------
 
@@ -222,10 +266,10 @@ class Run:
     def play(self, again: bool) -> tuple[list[step.Piece], step.Around]:
         """The pieces of a micro-step: one for each layer, and what is around them."""
         a, s = self.architecture, self.settings
-        table = next(m for m in a.embeddings if m.role == "token_embedding")
-        inner = self.outer.others[table.name]["weight"].dtype
-        shared = step.shared(a, s, inner)
-        dtype, needs = inner, s.method == "full" or s.checkpointing
+        inner = step.embedded_dtype(a, self.outer, s)
+        shared = step.shared(a, self.outer, s)
+        adapted = any(m.name in self.outer.factors or _has_adapter(self.outer, m.name) for m in a.embeddings)
+        dtype, needs = inner, s.method == "full" or s.checkpointing or adapted
         pieces: list[step.Piece] = []
         for layer in range(a.num_hidden_layers):
             piece = self._piece(layer, dtype, needs, again, shared)
@@ -235,7 +279,7 @@ class Run:
         return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs, self.trainer)
 
     def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
-        a, s, program = self.architecture, self.settings, self.program
+        s, program = self.settings, self.program
         pieces, around = self.play(again)
         base = program.place(around.tape)
 
@@ -287,7 +331,7 @@ class Run:
         stretches.append(Stretch("backward, embeddings", beside(around.events[back:])))
         last_frees_only(stretches, positions, several)
 
-        early = {p.name for m in a.before for p in self.outer.parameters if p.name.startswith(m.name + ".")}
+        early = self.early
         outer = dict(zip((p.name for p in self.outer.parameters), (base + g for g in around.grads), strict=False))
         grads = [g for name, g in outer.items() if name in early]
         grads += [at + g for piece, at in zip(pieces, bases, strict=True) for g in piece.grads]
@@ -296,14 +340,27 @@ class Run:
             program.parts[g] = "gradients"
         return stretches, grads
 
-    def _with_workspaces(self, stretches: list[Stretch]) -> list[Stretch]:
-        """The first micro-step: a thread's first matrix product takes a workspace and keeps it.
+    def _with_firsts(self, stretches: list[Stretch]) -> list[Stretch]:
+        """The first micro-step: what is made once, the loss scale and workspaces.
+
+        A thread's first matrix product takes a workspace and keeps it.
 
         cuBLAS has one for each thread, the forward's and autograd's. cuBLASLt, which runs products with a bias, has
         its own; autograd's thread needs that only where it recomputes the forward.
         """
         labels, new = self.program.labels, self.program.new
         out = list(stretches)
+        for layer, biases in self.biases.items():  # bitsandbytes/nn/modules.py, Linear4bit.forward: cast for good
+            at = next(i for i, stretch in enumerate(out) if stretch.name == f"forward, layer {layer}")
+            events: list[int] = []
+            for old, numel in biases:
+                nbytes = numel * ITEMSIZE[self.settings.compute_dtype]
+                events += (2 * new(nbytes, "bias, cast to the compute dtype", "weights"), 2 * old + 1)
+            out[at] = Stretch(out[at].name, [*events, *out[at].events])
+        if self.scaled:  # torch/amp/grad_scaler.py: the first `scale` makes the scale and a count of steps without inf
+            at = next(i for i, stretch in enumerate(out) if stretch.name == "loss, backward")
+            made = [2 * new(4, label, "") for label in ("loss scale", "growth tracker")]
+            out[at] = Stretch("loss, backward", [*made, *out[at].events])
         if not self.workspace_bytes:
             return out
 
@@ -317,8 +374,10 @@ class Run:
         part = "cuBLAS workspace"
         insert("forward, layer 0", 0, new(self.workspace_bytes, "cuBLAS workspace, forward thread", part))
         back = next(stretch.events for stretch in out if stretch.name == "loss, backward")
-        position = next((i for i, e in enumerate(back) if labels[e >> 1] in _PRODUCTS and not e & 1), 0)
-        insert("loss, backward", position, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part))
+        products = self.trainer.first_products
+        position = next((i for i, e in enumerate(back) if labels[e >> 1] in products and not e & 1), 0)
+        made_at = position + self.trainer.product_made
+        insert("loss, backward", made_at, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part))
         if self.uses_cublaslt:
             insert("forward, layer 0", 1, new(CUBLASLT_BYTES, "cuBLASLt workspace, forward thread", part))
             if self.settings.checkpointing:
@@ -335,15 +394,29 @@ class Run:
         grads: list[int] = []
         for micro in range(min(self.accumulation, PLAYED)):
             stretches, made = self.micro_step(again=micro > 0)
-            out += self._with_workspaces(stretches) if first and micro == 0 else stretches
+            out += self._with_loss(self._with_firsts(stretches) if first and micro == 0 else stretches)
             grads = grads or made
         out += self.update(first)
         out.append(Stretch("gradients let go", [2 * g + 1 for g in grads]))
         return out
 
+    def _with_loss(self, stretches: list[Stretch]) -> list[Stretch]:
+        """The loss, which the Trainer's loop holds until the next micro-step's has come back in its place."""
+        before, self._loss = self._loss, self.program.new(4, "loss", "")
+        events = [*(2 * i + 1 for i in (before,) if i != NOWHERE), 2 * self._loss]
+        return [*stretches, Stretch("backward, embeddings", events)]
+
     def update(self, first: bool) -> list[Stretch]:
         """What follows backward: clipping and the optimizer."""
         return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self._optimize(first))]
+
+    def update_changes(self) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """What a step leaves of states, and what clipping and a later step add: `optimizer.changes`."""
+        return optimizer.changes(
+            self.optimizer, self.parameters,
+            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            gpu=self.settings.multiprocessors,
+        )  # fmt: skip
 
     def _fetch(self) -> list[int]:
         """The micro-batches of a step move to the GPU; then those of the last step go."""
@@ -354,7 +427,10 @@ class Run:
         if self.accumulation > singly:
             rest = (self.accumulation - singly) * len(self.trainer.batch)
             made.append(program.new(rest * block_bytes(8 * rows), "the other micro-batches", "batch"))
+        made.append(program.new(8, "number of tokens", "batch"))  # transformers/trainer.py, _get_num_items_in_batch
         events = [2 * i for i in made] + [2 * i + 1 for i in self._batch]
+        if not self._batch:
+            events.insert(0, 2 * program.new(4, "loss so far", ""))  # transformers/trainer.py, tr_loss
         self._batch = made
         return events
 
@@ -362,6 +438,8 @@ class Run:
         before = self._norm
         self._norm = None
         del before
+        if self.scaled:
+            self._found_inf = optimizer.play_unscale(self._outside)
         norm = optimizer.play_clip(self._outside, self.parameters)
         self._norm = norm
         return self._collect("")
@@ -369,8 +447,10 @@ class Run:
     def _optimize(self, first: bool) -> list[int]:
         optimizer.play(
             self._outside, self.optimizer, self.parameters, self._states, first,
-            embeddings=self._embeddings, layer_norms=self._layer_norms,
+            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            gpu=self.settings.multiprocessors,
         )  # fmt: skip
+        self._found_inf = None
         return self._collect("optimizer states" if first else "")
 
     def _collect(self, part: str) -> list[int]:
@@ -394,7 +474,10 @@ class Run:
 
 PLAYED = 3  # micro-steps of a step: from the second on they are alike
 CUBLASLT_BYTES = 2**20  # aten/src/ATen/cuda/CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE; seen on an H200 with torch 2.11
-_PRODUCTS = ("gradient of an input", "gradient of a weight", *trl.AFTER_A_PRODUCT)
+
+
+def _has_adapter(held: Held, name: str) -> bool:
+    return name in held.projections and held.projections[name].lora_a is not None
 
 
 def _dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:

@@ -60,7 +60,7 @@ def play_layer(
     again: bool,
 ) -> Piece:  # fmt: skip
     """One layer, forward and backward; `again`: its parameters have gradients from an earlier micro-step."""
-    tape = Tape(s.autocast)
+    tape = Tape(s.autocast, s.multiprocessors)
     shape = (s.batch, s.seq, hidden_size)
     source = Node(0, [], lambda _, __: [], [])
     x = _given(tape, shape, dtype, "hidden states")
@@ -127,9 +127,23 @@ class Around:
     shared: dict[str, int]  # ids of the tables and masks that the layers read
 
 
-def shared(architecture: Architecture, s: Settings, dtype: str) -> blocks.Shared:
+def token_dtype(architecture: Architecture, held: Held) -> str:
+    """The dtype of the token embeddings, which is that of masks and rotary tables."""
+    name = next(m.name for m in architecture.embeddings if m.role == "token_embedding")
+    return held.others[name]["weight"].dtype
+
+
+def shared(architecture: Architecture, held: Held, s: Settings) -> blocks.Shared:
     """The tables and masks that the model hands to its layers, as shapes."""
-    return around.prepare(Tape(), architecture, s, dtype)
+    made = around.prepare(Tape(), architecture, s, token_dtype(architecture, held))
+    if architecture.model_type in around.KEEPS_POSITIONS:
+        made.positions = None
+    return made
+
+
+def embedded_dtype(architecture: Architecture, held: Held, s: Settings) -> str:
+    """The dtype of layer 0's input: a norm or a projection of the embeddings may change theirs."""
+    return around.embed(Tape(s.autocast), architecture, held, s)[0].dtype
 
 
 def play_around(
@@ -137,7 +151,7 @@ def play_around(
     layers_need_grad: bool, trainer: Trainer,
 ) -> Around:  # fmt: skip
     """Embedding, final norm, head and loss, forward and backward, with a hole where the layers run."""
-    tape = Tape(s.autocast)
+    tape = Tape(s.autocast, s.multiprocessors)
     b, t, h = s.batch, s.seq, architecture.hidden_size
     for parameter in held.parameters:
         parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
@@ -145,7 +159,7 @@ def play_around(
     tape.scope = "embeddings"
     embeds, kept_embeds = around.embed(tape, architecture, held, s)
     embeds_id = embeds.storage.id if embeds.storage is not None else NOWHERE
-    shared = around.prepare(tape, architecture, s, embeds.dtype)
+    shared = around.prepare(tape, architecture, s, token_dtype(architecture, held))
     shared_ids = shared.ids()
     embeds_node, embeds_edge = embeds.node, embeds.edge()
     del embeds
@@ -187,18 +201,22 @@ def play_around(
         del kept_embeds, shared
     del last  # locals of the base model's forward
     tape.scope = architecture.output.name
-    outputs = [trainer.forward(tape, architecture, hidden, held)]
+    outputs = [trainer.forward(tape, architecture, hidden, held, s)]
     del hidden
     tape.end_autocast()
     left = len(tape.events)
-    loss_node = trainer.loss(tape, outputs)
+    loss = trainer.loss(tape, outputs)
     grad_id = NOWHERE
-    if loss_node is not None:
-        roots = [(loss_node, 0, Tensor(None, (), "fp32"))]
-        del loss_node
+    if loss.node is not None:
         tape.autocast = None
         tape.scope = "loss"
+        divided = tape.new((), "fp32", "loss by micro-steps")  # accelerate/accelerator.py, backward
+        seed = tape.new((), "fp32", "loss, gradient of 1")  # torch/autograd/__init__.py, _make_grads
+        roots = [(loss.node, loss.nr, seed)]
+        loss.node = None
         backward(tape, roots)
+        del divided, seed
+    del loss
     if kept and isinstance(kept[0], Storage):
         grad_id = kept[0].id
     grads = [p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None]

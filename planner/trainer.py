@@ -14,22 +14,26 @@ from vramplan.planner import around, trl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vramplan.planner.paper import Node, Tape
+    from vramplan.planner.paper import Tape, Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
     """What a training loop brings of its own.
 
-    `forward(tape, architecture, hidden, held)` plays the head and whatever of the loss the model computes;
+    `forward(tape, architecture, hidden, held, s)` plays the head and whatever of the loss the model computes;
     `loss(tape, outputs)` the rest, on a list that holds the outputs alone and that it empties, and returns
-    the node that backward starts from. `sources` says what rows of the breakdown stand on, where that differs.
+    the loss that backward starts from. `first_products` are labels of what autograd's first matrix product makes, or of
+    what is made right after it (not `product_made`): its thread takes a workspace there. `sources` says what rows of
+    the breakdown stand on, where that differs.
     """
 
     batch: tuple[str, ...]
     forward: Callable[..., Any]
-    loss: Callable[[Tape, list[Any]], Node | None]
+    loss: Callable[[Tape, list[Any]], Tensor]
     quantised_adapter: str = "fp32"
+    first_products: tuple[str, ...] = ("gradient of an input", "gradient of a weight")
+    product_made: bool = True
     sources: dict[str, str] = field(default_factory=dict)
 
     def adapter_dtype(self, method: str) -> str:
@@ -47,6 +51,8 @@ TRL = Trainer(
     forward=trl.forward,
     loss=trl.loss,
     quantised_adapter="bf16",
+    first_products=trl.AFTER_A_PRODUCT,
+    product_made=False,
     sources={
         "adapter": "trl, sft_trainer.py: PEFT's A and B, bf16 on a quantised base, else float32",
         "logits and loss": "trl, kernels/chunked_logprob.py: 4,096 positions x 32,768 words at a time",

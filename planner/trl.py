@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vramplan.planner import around, ops
+from vramplan.planner import ops
 from vramplan.planner.paper import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vramplan.planner.blocks import Held
+    from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Architecture
-    from vramplan.planner.paper import Node, Parameter, Tape
+    from vramplan.planner.paper import Parameter, Tape
 
 TOKENS = 4096  # of one tile (chunked_logprob.py, TOKEN_CHUNK_SIZE)
 VOCABULARY = 32768  # of one tile (utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE)
@@ -55,7 +55,9 @@ class Scored(NamedTuple):
     mask: Tensor
 
 
-def forward(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, scored: int | None = None) -> Scored:
+def forward(
+    tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, _: Settings, scored: int | None = None
+) -> Scored:
     """The fused head on hidden states [B, T, H]; `scored` positions have a label, or all but the last of each row."""
     b, t, h = hidden.shape
     shape = (b, t - 1)
@@ -64,9 +66,8 @@ def forward(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, 
     mask = tape.new(shape, "bool", "mask of scored positions")
     rows = _select(tape, shifted, mask, n, "hidden states, scored")
     targets = _select(tape, Tensor(None, shape, "int64"), mask, n, "labels, scored")
-    name = architecture.output.name
-    bias = held.projections[name].bias if name in held.projections else None
-    found = _log_probabilities(tape, rows, around.head_weight(architecture, held), bias, targets)
+    head = held.projections[architecture.output.name]
+    found = _log_probabilities(tape, rows, head.weight, head.bias, targets)
     del rows, targets
     log_probs, entropy, is_top1 = (_scatter(tape, x, mask) for x in found)
     del found
@@ -74,17 +75,18 @@ def forward(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, 
     return Scored(log_probs, entropy, is_top1, mask)
 
 
-def loss(tape: Tape, outputs: list[Scored]) -> Node | None:
+def loss(tape: Tape, outputs: list[Scored]) -> Tensor:
     """compute_loss, outside autocast: the loss, and the sums that its metrics are made of. Empties `outputs`."""
     out = outputs.pop()
     numel, shape = out.mask.numel, out.mask.shape
     negated = tape.new(shape, "fp32", "loss of each position")
     node = tape.node((out.log_probs,), lambda _, __: [tape.new(shape, "fp32", "gradient of log-probabilities")])
+    loss = ops.done(tape.new((), "fp32", "loss"), node)
     for _ in range(2):
         tape.moment(8 * numel, "mask, counted")
     del out
     del negated
-    return node
+    return loss
 
 
 # --- positions ----------------------------------------------------------------------------------------------------

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
-from vramplan.planner import attention
+from vramplan.planner import attention, catalog, memory
+from vramplan.planner.device import device
+from vramplan.planner.layers import Attention
 from vramplan.planner.paper import Node, Tape, Tensor, backward
+from vramplan.planner.training import parse_options
+
+if TYPE_CHECKING:
+    from vramplan.planner.blocks import Settings
 
 
 def tensor(shape: tuple[int, ...], dtype: str, merged: bool) -> Tensor:
     out = Tensor(None, shape, dtype, Node(0, [], lambda g, _: [], []))
     out.merged = merged
     return out
+
+
+def settings(kernel: str, gpu: str = "h200", **options: Any) -> Settings:
+    asked = parse_options({"method": "lora", "mixed_precision": "no", "attention": kernel, **options})
+    return memory.settings(asked, device(catalog.gpu(gpu)))
 
 
 def play(
@@ -130,6 +143,59 @@ def test_the_first_kernel_whose_conditions_hold_is_taken(
 ) -> None:  # fmt: skip
     q, k, v = (Tensor(None, (1, h, 16, w), dtype) for h, w in ((heads[0], d), (heads[1], d), (heads[1], value_d)))
     assert attention.choose(capability, q, k, v, masked=masked, grouped=grouped) == kernel
+
+
+def chosen(capability: tuple[int, int] | None, heads: tuple[int, int], d: int, value_d: int, **more: Any) -> str:
+    q, k, v = (Tensor(None, (1, h, 16, w), "bf16") for h, w in ((heads[0], d), (heads[1], d), (heads[1], value_d)))
+    return attention.choose(capability, q, k, v, **{"masked": False, "grouped": True, **more})
+
+
+def test_what_later_versions_of_torch_choose() -> None:
+    assert chosen((10, 0), (32, 32), 192, 128) == "cudnn"  # DeepSeek's heads, on Blackwell too
+    assert chosen((9, 0), (12, 12), 64, 64, dropout=0.1) == "cudnn"
+    assert chosen((9, 0), (12, 12), 64, 64, dropout=0.1, torch=(2, 12)) == "flash"
+    assert chosen((9, 0), (12, 12), 64, 64, dropout=0.125, torch=(2, 12)) == "cudnn"
+    assert chosen((9, 0), (8, 4), 160, 160, torch=(2, 15)) == "flash"
+    assert chosen((9, 0), (8, 4), 256, 256, torch=(2, 15)) == "cudnn"
+    assert chosen((8, 0), (8, 4), 512, 512) == "math"
+    assert chosen((8, 0), (8, 4), 512, 512, torch=(2, 15)) == "efficient"
+    assert chosen((8, 0), (8, 1), 64, 64, grouped=False) == "math"
+    assert chosen((8, 0), (8, 1), 64, 64, grouped=False, torch=(2, 15)) == "flash"
+    assert chosen(None, (32, 8), 128, 128) == "flash"
+    assert chosen((8, 9), (8, 8), 256, 256, dropout=0.1) == "efficient"
+
+
+def test_a_card_with_little_shared_memory_sums_dk_and_dv_outside_registers() -> None:
+    # 8 blocks of 128 rows: 128 x 128 numbers and a lock, a counter and padding, 4 bytes each
+    assert attention.workspace(1, 32, 1024, 128, 128, "bf16", (8, 0)) == (32 * 8 * (128 * 128 + 4) * 4, True)
+    # 16 blocks of 64 rows by two of 64 columns; dk and dv in 200 // 32 parts of 64 keys
+    elements = 16 * 2 * (64 * 64 + 4) + 2 * (6 * 64 * 128)
+    assert attention.workspace(1, 32, 1024, 128, 128, "bf16", (12, 0)) == (32 * elements * 4, False)
+    # heads of 96 have a kernel of their own on two of them
+    assert attention.workspace(1, 32, 1024, 96, 96, "bf16", (8, 6)) == (32 * 8 * (128 * 96 + 4) * 4, True)
+    # without a sum over parts of the keys float32 needs none
+    assert attention.workspace(1, 32, 1024, 64, 64, "fp32", (6, 0)) == (0, False)
+
+
+def test_heads_that_are_no_multiple_of_8_are_padded_for_flash() -> None:
+    tape = Tape()
+    q, k, v = (tensor((1, 4, 128, 36), "bf16", True) for _ in range(3))
+    a = Attention(4, 4, 36, 36, 0, "none", "q", "k", "v", None, "o")
+    out, _ = attention.attend(tape, q, k, v, a, settings("sdpa", gpu="a100-80gb"), None)
+    assert out.shape == (1, 128, 4 * 36)
+    padded = 4 * 128 * 40 * 2
+    assert history(tape)[:4] == [padded] * 4  # q, k, v and the output
+
+
+def test_flash_attn_on_padded_rows_copies_them_out_and_back() -> None:
+    tape = Tape()
+    q, k, v = tensor((2, 4, 128, 64), "bf16", True), *(tensor((2, 2, 128, 64), "bf16", True) for _ in range(2))
+    a = Attention(4, 2, 64, 64, 0, "none", "q", "k", "v", None, "o")
+    out, _ = attention.attend(tape, q, k, v, a, settings("flash_attention_2", padded=True), None)
+    many, few = 2 * 128 * 4 * 64 * 2, 2 * 128 * 2 * 64 * 2
+    # k, v, q, the output, and the output among zeros; row sums below 5 KB but for 4 heads of 256 rows
+    assert [size for size in history(tape) if abs(size) > 5000] == [few, few, many, many, many]
+    assert out.shape == (2, 128, 256)
 
 
 def test_splits_of_the_flash_kernel() -> None:

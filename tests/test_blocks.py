@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vramplan.planner import blocks, memory, ops
+from vramplan.planner import around, blocks, memory, ops
 from vramplan.planner.architecture import parse
 from vramplan.planner.blocks import Norm, Projection, Settings
 from vramplan.planner.device import device
-from vramplan.planner.paper import Node, Parameter, Tape, Tensor
+from vramplan.planner.paper import Node, Parameter, Tape, Tensor, backward
 from vramplan.planner.plan import _count
+from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import parse_options
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ SMALLEST = 100_000
 def played(case: dict[str, Any]) -> list[int]:
     """The sizes of a micro-step's events, frees negative; autocast's cache is an unordered map, so sorted in a run."""
     architecture, options = parse(case["config"]), parse_options(case["options"])
-    run = memory.run_of(architecture, options, device(None), _count(architecture, options))
+    recorded = parse_stack("torch=2.11,transformers=5.17")
+    run = memory.run_of(architecture, options, device(None, recorded), _count(architecture, options))
     stretches, _ = run.micro_step(again=False)
     sizes, labels = run.program.sizes, run.program.labels
     out: list[int] = []
@@ -126,9 +129,13 @@ def test_an_adapter_keeps_a_float32_input_and_the_low_rank_product() -> None:
 def test_a_4_bit_product_needs_its_dequantised_weight_for_a_moment() -> None:
     tape = Tape("bf16")
     p = Projection(parameter((128, 64)), None, 64, 128, quantised=True)
-    out = blocks.base(tape, source(), p, S)
+    blackwell = replace(S, capability=(10, 0))  # where 16 tokens are too many for a small weight
+    out = blocks.base(tape, source(), p, blackwell)
     assert alive(tape) == [out.nbytes]
     assert sorted(tape.sizes) == [512, 512, 4096, 16384]  # absmax in float32 twice, the output, the weight in bf16
+    tape = Tape("bf16")
+    blocks.base(tape, source(), p, S)  # on an H200 they are few: the product reads the packed weight
+    assert tape.sizes == [4096]
 
 
 def test_dropout_keeps_one_byte_an_element() -> None:
@@ -136,3 +143,35 @@ def test_dropout_keeps_one_byte_an_element() -> None:
     out = ops.dropout(tape, source(), 0.1)
     assert alive(tape) == [1024, out.nbytes]
     assert ops.dropout(tape, out, 0.0) is out
+
+
+def test_float16_scores_go_into_a_float32_softmax_as_they_are() -> None:
+    for dtype, sizes in (("fp16", [256]), ("bf16", [256, 256])):  # bfloat16 by way of a float32 copy
+        tape = Tape()
+        ops.wide_softmax(tape, Tensor(None, (1, 4, 4, 4), dtype))
+        assert tape.sizes == sizes
+
+
+def test_many_rows_of_an_embedding_are_added_up_by_tens() -> None:
+    tape = Tape()
+    around._add_rows(tape, 3072, 1000, 64)
+    assert tape.sizes == []
+    around._add_rows(tape, 4096, 1000, 64)
+    # two lists of sorted indices; 409 tens and at most 1,000 words, in float32
+    assert tape.sizes == [8 * 4096, 8 * 4096, 4 * 64 * (409 + 1000)]
+
+
+def test_a_gradient_that_two_nodes_wait_for_is_copied_for_the_leaf() -> None:
+    """k-bit preparation makes the embeddings a leaf before PEFT adds an adapter's output to them."""
+    tape = Tape()
+    embeds = around.leaf(tape, tape.new((1, 8, 64), "bf16", "embeddings"))
+    a, b = parameter((4, 100), "fp32", trained=True), parameter((64, 4), "fp32", trained=True)
+    out = around.with_adapter(tape, embeds, a, b, scaled=False)
+    assert out.dtype == "bf16"
+    assert out.node is not None
+    backward(tape, [(out.node, out.nr, tape.new(out.shape, "bf16", "gradient"))])
+    made = dict(zip(tape.labels, tape.sizes, strict=True))
+    assert made["gradient of an embedding"] == made["gradient"] == 100 * 4 * 4  # A's, laid out anew as A is
+    assert a.grad is not None
+    assert b.grad is not None
+    assert b.grad.shape == (64, 4)

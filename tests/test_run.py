@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from vramplan import UsageError, plan
 from vramplan.planner import memory
-from vramplan.planner.allocator import block_bytes
+from vramplan.planner.allocator import block_bytes, change
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.plan import _count
-from vramplan.planner.quick import change, peak_bytes
+from vramplan.planner.quick import peak_bytes
 from vramplan.planner.run import Run, Stretch, alive, last_frees_only, linked, moved
 from vramplan.planner.training import parse_options
+
+if TYPE_CHECKING:
+    from vramplan.planner.memory import MemoryEstimate
 
 TINY = {
     "model_type": "llama",
@@ -47,6 +50,8 @@ def check(stretches: list[Stretch], held: set[int]) -> None:
                 held.add(tensor)
 
 
+OUTSIDE = {"target_modules": "q_proj,lm_head,embed_tokens", "lora_dropout": 0.1}
+HALF = {"weights_dtype": "fp16", "mixed_precision": "fp16", "gradient_accumulation_steps": 2}
 CASES = [
     {"method": method, "gradient_checkpointing": checkpointing, "gradient_accumulation_steps": accumulation, **more}
     for method in ("full", "lora", "qlora")
@@ -54,6 +59,7 @@ CASES = [
     for accumulation in (1, 3)
     for more in ({}, {"attention": "eager", "padded": True, "batch_size": 2})
 ]
+CASES += [{"method": method, **more} for method in ("lora", "qlora") for more in (OUTSIDE, HALF, OUTSIDE | HALF)]
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(str(v) for v in o.values()))
@@ -89,6 +95,62 @@ def test_the_quick_peak_is_that_of_the_whole_list(options: dict[str, Any]) -> No
     assert 0 <= quick - highest <= sum(block_bytes(around.tape.sizes[i]) for i in around.shared.values())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_on_embeddings_and_head_stand_at_both_ends(tied: bool) -> None:
+    run = run_of(TINY | {"tie_word_embeddings": tied}, method="lora", seq_len=8, **OUTSIDE)
+    names = [p.name for p in run.parameters]
+    assert names[:2] == ["model.embed_tokens.lora_embedding_A", "model.embed_tokens.lora_embedding_B"]
+    assert names[-2:] == ["lm_head.lora_A", "lm_head.lora_B"]
+    shapes = {p.name: p.shape for p in run.parameters}
+    assert shapes[names[0]] == (16, 1000)
+    assert shapes[names[1]] == (256, 16)
+    assert shapes[names[-1]] == (1000, 16)
+    architecture, asked = parse(TINY | {"tie_word_embeddings": tied}), parse_options({"method": "lora", **OUTSIDE})
+    assert sum(p.numel for p in run.parameters) == _count(architecture, asked).trainable
+    loaded = {run.program.scopes[e >> 1] for e in run.loading[0].events if not e & 1}
+    assert ("lm_head" in loaded) == (not tied)  # a tied head has no matrix of its own, adapted or not
+
+
+def test_a_projection_of_the_embeddings_is_quantised_too() -> None:
+    opt = {"model_type": "opt", "hidden_size": 128, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    opt |= {"word_embed_proj_dim": 64, "vocab_size": 100, "max_position_embeddings": 64, "do_layer_norm_before": False}
+    run = run_of(opt, method="qlora", seq_len=8)
+    assert run.outer.projections["model.decoder.project_in"].quantised
+    assert run.outer.projections["model.decoder.project_in"].lora_a is not None
+    assert "model.decoder.project_out.lora_A" in [p.name for p in run.parameters]
+    run.step(0)
+
+
+def test_float16_keeps_a_loss_scale_and_looks_for_infinities() -> None:
+    run = run_of(TINY, method="lora", seq_len=8, **HALF)
+    assert run.loading
+    run.step(0)
+    run.step(1)
+    labels = run.program.labels
+    assert (labels.count("loss scale"), labels.count("growth tracker")) == (1, 1)
+    clipping, update = run.update(first=False)
+    found = [i for i in alive(clipping.events) if labels[i] == "found_inf of the device"]
+    assert len(found) == 1
+    assert 2 * found[0] + 1 in update.events
+
+
+def test_bitsandbytes_casts_a_bias_in_the_first_forward_for_good() -> None:
+    qwen = TINY | {"model_type": "qwen2"}
+    run = run_of(qwen, method="qlora", seq_len=8)
+    assert run.loading
+    first = next(s for s in run.step(0) if s.name == "forward, layer 1")
+    made = [i for i in alive(first.events) if run.program.labels[i] == "bias, cast to the compute dtype"]
+    assert sorted(run.program.sizes[i] for i in made) == [2 * 128, 2 * 128, 2 * 256]  # k, v and q
+    assert not [i for s in run.step(1) for i in alive(s.events) if "bias, cast" in run.program.labels[i]]
+
+
+def test_each_layer_of_gptj_keeps_a_table_of_every_position() -> None:
+    gptj = {"model_type": "gptj", "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "vocab_size": 100}
+    run = run_of(gptj | {"n_positions": 32}, method="lora", seq_len=8, attention="eager")
+    sizes = [run.program.sizes[e >> 1] for e in run.loading[0].events]
+    assert sizes.count(32 * 8 * 4) >= 3
+
+
 def test_identical_layers_are_played_once() -> None:
     few, many = (run_of(TINY | {"num_hidden_layers": n}, seq_len=64, method="lora") for n in (3, 30))
     for run in (few, many):
@@ -118,6 +180,26 @@ def test_the_last_of_several_frees() -> None:
     last_frees_only(stretches, [(1,), (1,)], {0})
     assert [s.events for s in stretches] == [[0], [2, 1, 3]]
     assert alive([e for s in stretches for e in s.events]) == set()
+
+
+def test_under_a_limit() -> None:
+    """With room the limit changes nothing; under the peak the run ends where its memory does."""
+
+    def within(limit_bytes: int | None) -> MemoryEstimate:
+        architecture, options = parse(TINY), parse_options({"method": "full", "seq_len": 300})
+        return memory.estimate(architecture, options, device(None), _count(architecture, options), limit_bytes)
+
+    free = within(None)
+    assert (free.retries, free.out_of_memory) == (0, "")
+    assert within(free.peak_reserved_bytes) == free
+    ends = [within(free.peak_reserved_bytes - n * 2**21) for n in range(1, free.peak_reserved_bytes >> 21)]
+    assert ends[-1].out_of_memory == "loading"
+    for end in ends:
+        assert end.peak_reserved_bytes <= free.peak_reserved_bytes
+        assert sum(part.bytes for part in end.components) == end.peak_allocated_bytes
+        assert end.retries > 0
+    survived = [not end.out_of_memory for end in ends]
+    assert survived == sorted(survived, reverse=True)
 
 
 @settings(max_examples=25, deadline=None)

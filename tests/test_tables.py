@@ -81,7 +81,10 @@ def test_gpu_row(card: catalog.Gpu) -> None:
     assert card.tdp_w is not None
     assert 70 <= card.tdp_w <= 1400
     assert card.nvlink_gb_s is None or 50 <= card.nvlink_gb_s <= 1800
-    assert set(card.uncertain) <= {"driver_bytes", "tensor_tflops", "nvlink_gb_s", "tdp_w", "bandwidth_gb_s"}
+    weak = {"driver_bytes", "tensor_tflops", "nvlink_gb_s", "tdp_w", "bandwidth_gb_s", "multiprocessors"}
+    assert set(card.uncertain) <= weak
+    assert card.multiprocessors is not None
+    assert 28 <= card.multiprocessors <= 304
     assert card.memory_source
     assert card.compute_source
     if card.vendor == "NVIDIA":

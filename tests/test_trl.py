@@ -23,6 +23,7 @@ from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError
 from vramplan.planner.paper import Node, Parameter, Tape, Tensor, backward
 from vramplan.planner.plan import _count
+from vramplan.planner.stack import parse_stack
 from vramplan.planner.trainer import TRAINERS
 from vramplan.planner.training import SUPPORTED_TRAINERS, parse_options
 
@@ -45,7 +46,8 @@ TINY = {
 
 def run_of(config: dict[str, Any], options: dict[str, Any], scored: int | None = None) -> Run:
     architecture, asked = parse(config), parse_options({"trainer": "trl", **options})
-    run = memory.run_of(architecture, asked, device(None), _count(architecture, asked))
+    recorded = parse_stack("torch=2.11,transformers=5.17")
+    run = memory.run_of(architecture, asked, device(None, recorded), _count(architecture, asked))
     run.trainer = replace(run.trainer, forward=partial(run.trainer.forward, scored=scored))
     return run
 
@@ -99,15 +101,15 @@ def played(
     """The head alone on [B, T, 8]: sizes by label, and the most that was alive at once."""
     architecture = parse({**TINY, "vocab_size": vocab})
     tape = Tape(autocast)
-    held = blocks.Held()
+    held, settings = blocks.Held(), memory.settings(parse_options({}), device(None))
     weight = Parameter("lm_head.weight", (vocab, 8), head, trained)
     shift = Parameter("lm_head.bias", (vocab,), head, trained) if bias else None
     held.projections["lm_head"] = blocks.Projection(weight, shift, 8, vocab)
     hidden = tape.new((*rows, 8), dtype, "hidden states")
     hidden.node = source = Node(0, [], lambda _, __: [], [])
-    outputs = [trl.forward(tape, architecture, hidden, held, **more)]
+    outputs = [trl.forward(tape, architecture, hidden, held, settings, **more)]
     del hidden
-    node = trl.loss(tape, outputs)
+    node = trl.loss(tape, outputs).node
     assert node is not None
     assert outputs == []
     backward(tape, [(node, 0, Tensor(None, (), "fp32"))], [source])
