@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vramplan import __version__
-from vramplan.planner.errors import UsageError, nearest, shown, unknown
+from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, shown, unknown
 from vramplan.planner.training import OPTIONS
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
 @click.option(
     "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
 )
+@click.option(
+    "--calibration/--no-calibration",
+    default=None,
+    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
+)
 @click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -111,7 +116,10 @@ def plan(
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
-    made = make(**asked)
+    try:
+        made = make(**asked)
+    except UnknownArchitecture as error:
+        return _kept(asked, error, as_json)
     if as_json:
         answer = made.to_dict()
         if advice:
@@ -120,6 +128,157 @@ def plan(
     else:
         report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
     return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> int:
+    """Answers from an earlier trace of the same question, where there is one."""
+    from vramplan.planner import report, report_trace, traces
+
+    found = traces.answered(**asked)
+    if found is None:
+        raise UsageError(f"{error}; `vramplan trace {asked['model']}` with the same options runs its own code")
+    if as_json:
+        report.print_json(found)
+    else:
+        report_trace.print_trace(found)
+    return 1 if found["gpu"] and not found["gpu"]["fits"] else 0
+
+
+@cli.command(short_help="Run the real code without a GPU, beside the plan.")
+@click.argument("model")
+@_training_options
+@click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+@click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON, the plan beside it.")
+def trace(model: str, config: str | None, as_json: bool, **options: object) -> int:
+    """Run a training step of MODEL's real code on tensors without memory, and show it beside the plan.
+
+    transformers, PEFT, bitsandbytes and the optimizer run as they are installed; no GPU and no weights are needed. It
+    works for every architecture that transformers can build, also where no plan can be made: there the trace is the
+    answer, and `vramplan MODEL` with the same options gives it again. Needs pip install 'vramplan[probe]'.
+
+    \b
+    Examples:
+      vramplan trace llama-3.2-1b --method qlora
+      vramplan trace ./my-model/config.json --method full --gpu rtx-4090 --json
+    """
+    asked = {name: value for name, value in options.items() if value is not None}
+    if config is not None:
+        asked = {name: value for name, value in _profile(config).items() if name != "model"} | asked
+    from vramplan.planner import report, report_trace
+    from vramplan.probes import trace as tracing
+
+    found = tracing.answer(model, **asked)
+    if as_json:
+        report.print_json(found)
+    else:
+        report_trace.print_trace(found)
+    return 1 if found["gpu"] and not found["gpu"]["fits"] else 0
+
+
+@cli.command(short_help="Hold plans against measured runs.")
+@click.argument("files", metavar="[FILE]...", nargs=-1)
+@click.option("--tolerance", metavar="PERCENT", help="Exit with 1 beyond it: 2, or allocated=1.5,reserved=5.")
+@click.option("--json", "as_json", is_flag=True, help="Print every run's errors as JSON.")
+def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
+    """Hold plans against measured runs: those of each FILE, or those that come with vramplan.
+
+    A FILE is JSON Lines, as vramplan probe writes them. Each run is planned for the GPU and the versions it ran with.
+    A tolerance is the largest error of peak allocated memory in percent, or one for each figure named: allocated,
+    reserved, device, loaded, ready. A plan that cannot be made, another count of trainable parameters, and a wrong
+    word on whether it fits are beyond every tolerance.
+
+    \b
+    Examples:
+      vramplan verify
+      vramplan verify my-runs.jsonl --tolerance 2
+      vramplan verify --tolerance allocated=1.5,reserved=10 --json
+    """
+    from vramplan.planner import report
+    from vramplan.planner import verify as verification
+
+    most = None if tolerance is None else verification.parse_tolerance(tolerance)
+    runs = verification.read(files or verification.bundled())
+    scores = list(report.tracked(map(verification.score, runs), len(runs), "planning"))
+    if as_json:
+        report.print_json(verification.to_dict(scores, most))
+    else:
+        report.print_scores(scores, most)
+    return 1 if most is not None and any(each.beyond(most) for each in scores) else 0
+
+
+@cli.command(short_help="Measure real training steps on this GPU.")
+@click.argument("model", required=False)
+@_training_options
+@click.option("--config", metavar="FILE", help="A TOML file of options; the command line goes first.")
+@click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
+@click.option("--full", is_flag=True, help="Calibrate with a grid of runs, up to an hour.")
+@click.option("--memory-limit", metavar="SIZE", help="Behave as a smaller GPU, of 16GiB for example.")
+@click.option("--boundary", is_flag=True, help="Run the largest MODEL that is planned to fit, and the next.")
+@click.option("--over", metavar="batch_size|seq_len", help="What --boundary varies.  [default: batch_size]")
+@click.option("--snapshot", is_flag=True, help="Compare MODEL's plan with PyTorch's memory history of a step.")
+@click.option("--output", metavar="FILE", help="Append results here, as JSON Lines.  [default: user data folder]")
+@click.option("--json", "as_json", is_flag=True, help="Print every run, predicted and measured, as JSON.")
+def probe(
+    model: str | None,
+    config: str | None,
+    memory_limit: str | None,
+    over: str | None,
+    output: str | None,
+    quick: bool,
+    full: bool,
+    boundary: bool,
+    snapshot: bool,
+    as_json: bool,
+    **options: object,
+) -> int:
+    """Measure real training steps on this machine's GPU, beside their plans.
+
+    Without MODEL it calibrates: short runs that fit the GPU, and what no formula gives, kept for later plans. With
+    MODEL and its options it measures exactly that plan. Weights are random and tokens synthetic; nothing is downloaded
+    but MODEL's config.json. It needs torch, transformers, peft and bitsandbytes: pip install 'vramplan[probe]'.
+
+    A memory limit counts what PyTorch reserves; the CUDA context, which PyTorch cannot limit, is taken off first.
+
+    \b
+    Examples:
+      vramplan probe --quick
+      vramplan probe llama-3.2-1b --method qlora --seq-len 1024
+      vramplan probe llama-3.1-8b --boundary --memory-limit 16GiB --output runs.jsonl
+
+    Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
+    """
+    asked = {name: value for name, value in options.items() if value is not None}
+    if config is not None:
+        asked = _profile(config) | asked
+        for name in ("gpu", "stack", "calibration"):
+            if name in asked:
+                raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
+        model = model or str(asked.pop("model", "")) or None
+    if over not in (None, "batch_size", "seq_len"):
+        raise unknown("size", over, ("batch_size", "seq_len"), "--over")
+    if over is not None and not boundary:
+        raise UsageError("--over says what --boundary varies; add --boundary")
+    from vramplan.planner import report, report_probe
+    from vramplan.probes import probe as probing
+
+    with report_probe.Progress(probing.budget_s(model, quick=quick, full=full)) as progress:
+        found = probing.probe(
+            model,
+            quick=quick,
+            full=full,
+            memory_limit=memory_limit,
+            boundary=(over or "batch_size") if boundary else None,
+            snapshot=snapshot,
+            output=output,
+            watcher=progress,
+            **asked,
+        )
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report_probe.print_probe(found)
+    return 130 if found.interrupted else 0 if found.good else 1
 
 
 @cli.command(short_help="List the bundled models.")
@@ -168,6 +327,40 @@ def gpus(words: Sequence[str], as_json: bool) -> None:
         report.print_gpus(found)
 
 
+@cli.command(short_help="List what GPUs cost an hour, or fetch newer prices.")
+@click.argument("words", metavar="refresh | [FILTER]...", nargs=-1)
+@click.option("--prices", "file", metavar="FILE", help="A CSV file of prices, instead of the known ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print every field as JSON.")
+def prices(words: Sequence[str], file: str | None, as_json: bool) -> None:
+    """List what an hour on a GPU costs, or those offers that every word of FILTER finds.
+
+    A word is the start of a provider, a region, an instance or a GPU, or "spot" or "free". Prices come with
+    vramplan, each with its day and source. vramplan prices refresh fetches today's through gpuhunt (pip install
+    'vramplan[prices]') and keeps the cheapest of each provider, GPU and count for later. A FILE of your own has the
+    columns provider, gpu, gpu_count, usd_per_hour and date, and may have region, instance, spot (yes or no),
+    session_limit_s and source.
+
+    \b
+    Examples:
+      vramplan prices rtx-4090
+      vramplan prices aws h100 --json
+    """
+    from vramplan.planner import prices as known
+    from vramplan.planner import report
+
+    if words == ("refresh",):
+        if file is not None:
+            raise UsageError("a file of your own cannot be refreshed; leave --prices out")
+        report.print_refreshed(known.refresh(), as_json)
+        return
+    offers, warnings = known.offers(file)
+    found = known.matching(offers, words)
+    if as_json:
+        report.print_json(report.fields(found))
+    else:
+        report.print_prices(found, warnings)
+
+
 def _holds(names: Iterable[str], words: Iterable[str]) -> bool:
     whole = "\n".join(names).lower()
     return all(word.lower() in whole for word in words)
@@ -186,7 +379,7 @@ def _profile(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
         raise UsageError(f"{shown(file)} is no TOML: {reason} (--config)") from None
-    known = [*OPTIONS, "model", "gpu", "stack"]
+    known = [*OPTIONS, "model", "gpu", "stack", "calibration"]
     for name in profile:
         if name not in known:
             raise unknown(f"option in {shown(file)}:", name, known, "--config")
@@ -244,6 +437,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         report.print_error(error.format_message())
         code = 2
+    except Failure as error:
+        report.print_error(str(error))
+        code = 1
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:  # the reader has seen enough (`| head`), and nothing is wrong

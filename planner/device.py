@@ -1,6 +1,9 @@
 """What a GPU adds of its own: the CUDA context, the workspaces of cuBLAS, the attention kernel.
 
-Sources: aten/src/ATen/cuda/CublasHandlePool.cpp (parseChosenWorkspaceSize), tables/calibrations.json (measured).
+By rule and by table, or as a probe measured it on this very machine (calibration.py).
+
+Sources: aten/src/ATen/cuda/CublasHandlePool.cpp (parseChosenWorkspaceSize), aten/src/ATen/native/transformers/cuda/
+sdp_utils.cpp (check_prefer_cudnn_attention), tables/calibrations.json (measured).
 """
 
 from __future__ import annotations
@@ -11,27 +14,42 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vramplan.planner.paper import H200, Multiprocessors
+from vramplan.planner.stack import KNOWN
+
 if TYPE_CHECKING:
+    from vramplan.planner.attention import Kernel
+    from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.stack import Stack
 
 _MIB = 2**20
 GIVES_BACK = (2, 15)  # from this torch on, a matrix product gives its workspace back (read in its source, not measured)
 WITHOUT_GPU = (9, 0)  # a plan that names no GPU takes the rules of the one whose context is measured
+# Threads of a multiprocessor where they are not 2,048 (CUDA C++ Programming Guide, technical specifications).
+_THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
+_CUDNN_FIRST = ((9, 0), (9, 3), (10, 0), (10, 3))
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU's share of the answer. `context_measured`: on this very GPU, not on another.
+    """A GPU's share of the answer; `gpu` is None where none is named. `context_measured`: on this very GPU.
 
     NVML counts against a GPU what the driver keeps for itself, CUDA does not: `hidden_bytes`, part of `context_bytes`.
+    `kernel` is the first attention kernel that PyTorch tries there. `calibration` is the user's own, where it was used.
     """
 
+    gpu: Gpu | None
     capability: tuple[int, int] | None  # None: not CUDA
     context_bytes: int
     hidden_bytes: int
     context_measured: bool
     workspace_bytes: int
+    kernel: Kernel
+    multiprocessors: Multiprocessors = H200
+    torch: tuple[int, int] = KNOWN["torch"][1]
+    transformers: tuple[int, int] = KNOWN["transformers"][1]
+    calibration: Calibration | None = None
 
 
 @cache
@@ -41,14 +59,17 @@ def _calibrations() -> list[dict[str, object]]:
     return rows
 
 
-def device(gpu: Gpu | None, stack: Stack | None = None) -> Device:
-    """The rules of `gpu`, or those of a Hopper card where none, or one without a compute capability, is named."""
+def device(gpu: Gpu | None, stack: Stack | None = None, calibration: Calibration | None = None) -> Device:
+    """The rules of `gpu`, or those of a Hopper card where none, or one without a compute capability, is named.
+
+    What `calibration` knows of this GPU goes before rules and tables.
+    """
     rows = _calibrations()
     name = gpu.name if gpu else ""
     own = next((row for row in rows if row["gpu"] == name), None)
     row = own or rows[0]
-    context = row["process_bytes"]
-    assert isinstance(context, int)
+    process = row["process_bytes"]
+    assert isinstance(process, int)
     hidden = gpu.driver_bytes - gpu.budget_bytes if gpu is not None and gpu.driver_bytes is not None else 0
     if gpu is None:
         hidden = int(str(row["hidden_bytes"]))
@@ -59,13 +80,22 @@ def device(gpu: Gpu | None, stack: Stack | None = None) -> Device:
         major, minor = gpu.compute_capability.split(".")
         capability = (int(major), int(minor))
     kept = stack is None or stack.torch < GIVES_BACK
+    workspace = workspace_bytes(capability) if kept else 0
+    kernel: Kernel = "cudnn" if capability in _CUDNN_FIRST else "flash"
+    measured = own is not None
+    if calibration is not None:
+        measured = measured or calibration.process_bytes is not None
+        process = process if calibration.process_bytes is None else calibration.process_bytes
+        hidden = hidden if calibration.hidden_bytes is None else calibration.hidden_bytes
+        workspace = workspace if calibration.workspace_bytes is None else calibration.workspace_bytes
+        kernel = calibration.kernel or kernel
+    number = gpu.multiprocessors if gpu is not None and gpu.multiprocessors else H200.number
+    multiprocessors = Multiprocessors(number, _THREADS.get(capability or WITHOUT_GPU, H200.threads))
     return Device(
-        capability,
-        context + hidden,
-        hidden,
-        own is not None,
-        workspace_bytes(capability) if kept else 0,
-    )
+        gpu, capability, process + hidden, hidden, measured, workspace, kernel, multiprocessors,
+        stack.torch if stack else KNOWN["torch"][1], stack.transformers if stack else KNOWN["transformers"][1],
+        calibration,
+    )  # fmt: skip
 
 
 def workspace_bytes(capability: tuple[int, int] | None) -> int:

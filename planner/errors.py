@@ -14,6 +14,14 @@ class UsageError(ValueError):
     """The question was wrong: one sentence that says what and how to mend it; the command exits with 2."""
 
 
+class UnknownArchitecture(UsageError):
+    """The planner does not know how this model computes; `vramplan trace` may, running its own code."""
+
+
+class Failure(Exception):
+    """The question was right, but this machine cannot answer it: one sentence with the way on; exit code 1."""
+
+
 def shown(value: object) -> str:
     """`value` as it stands in an error: quoted, printable and at most 80 characters long."""
     try:

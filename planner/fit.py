@@ -1,21 +1,26 @@
-"""Which GPUs hold a plan, and with how much to spare."""
+"""Which GPUs hold a plan, and with how much to spare; and how large a run may grow before memory runs out."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from vramplan.planner.catalog import Gpu
 
 
 class Fit(NamedTuple):
-    """A plan on one GPU, where it needs `needed_bytes`, its CUDA context included."""
+    """A plan on one GPU, where it needs `needed_bytes`, its CUDA context included.
+
+    `retries` is given where that is more than the card has and the run survives all the same: so often PyTorch gives
+    its whole cache back to make room, in the steps that were replayed within the card's memory.
+    """
 
     gpu: Gpu
     needed_bytes: int
     lacks: tuple[str, ...] = ()  # what the plan uses and the card has not: "bf16", "flash_attention_2"
+    retries: int | None = None
 
     @property
     def headroom_bytes(self) -> int:
@@ -25,9 +30,38 @@ class Fit(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the memory suffices."""
-        return self.headroom_bytes >= 0
+        return self.headroom_bytes >= 0 or self.retries is not None
 
 
 def fit_on(gpu: Gpu, needed_bytes: int, uses: Iterable[str] = ()) -> Fit:
     """A plan on one GPU; `uses` are the abilities it relies on, by the names of `catalog.Gpu`'s fields."""
     return Fit(gpu, needed_bytes, tuple(ability for ability in uses if getattr(gpu, ability) is False))
+
+
+class Boundary(NamedTuple):
+    """Two neighbouring sizes between which memory runs out; None where the search met no such size."""
+
+    survives: int | None  # the larger of those with which the run survives
+    fails: int | None  # the smaller of those with which it does not
+
+
+def largest(survives: Callable[[int], bool], step: int, most: int) -> Boundary:
+    """The boundary of a run's size (a batch, a sequence), among the multiples of `step` up to `most`.
+
+    Sizes are doubled until one fails, then the gap is halved. Where memory does not grow with every step, fragmentation
+    being what it is, this is one of several boundaries: what it holds of the two sizes is true all the same.
+    """
+    good, bad, end = 0, None, most // step  # in steps
+    size = min(1, end)
+    while size > good:
+        if not survives(size * step):
+            bad = size
+            break
+        good, size = size, min(2 * size, end)
+    while bad is not None and bad - good > 1:
+        middle = (good + bad) // 2
+        if survives(middle * step):
+            good = middle
+        else:
+            bad = middle
+    return Boundary(good * step or None, None if bad is None else bad * step)

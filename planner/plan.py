@@ -9,10 +9,12 @@ from vramplan import __version__
 from vramplan.planner import catalog, memory, optimizer, parameters
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
+from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.fit import Fit, fit_on
 from vramplan.planner.parameters import ParameterCounts
 from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
+from vramplan.planner.trainer import TRAINERS
 from vramplan.planner.training import TrainingOptions, parse_options, settle
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vramplan.planner.advice import Advice
+    from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
@@ -41,6 +44,7 @@ class Plan:
     architecture: Architecture
     options: TrainingOptions
     stack: Stack
+    device: Device
     counts: ParameterCounts
     memory: MemoryEstimate
     fit: Fit | None
@@ -56,11 +60,10 @@ class Plan:
         """What would lower the peak, the best first, and what twice the batch would cost: each change is planned."""
         from vramplan.planner.advice import advise
 
-        return advise(self.architecture, self.options, self.gpu, self.stack, _count)
+        return advise(self.architecture, self.options, self.device, self.stack, _count)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""
-        memory = self.memory
         return {
             "model": {
                 "name": self.model.name,
@@ -85,75 +88,98 @@ class Plan:
                 "adapter_bytes": self.counts.adapter_bytes if self.options.lora else None,
                 "adapted_modules": self.counts.adapted_modules,
             },
-            "memory": {
-                "components": [
-                    {"name": part.name, "bytes": part.bytes, "formula": part.formula, "source": part.source}
-                    for part in memory.components
-                ],
-                "peak_allocated_bytes": memory.peak_allocated_bytes,
-                "peak_reserved_bytes": memory.peak_reserved_bytes,
-                "context_bytes": memory.context_bytes,
-                "device_bytes": memory.device_bytes,
-                "hidden_bytes": memory.hidden_bytes,
-                "needed_bytes": memory.needed_bytes,
-                "peak_phase": memory.peak_phase,
-                "loaded_bytes": memory.loaded_bytes,
-                "ready_bytes": memory.ready_bytes,
-                "paged_bytes": memory.paged_bytes,
-                "timeline": [
-                    {"phase": moment.phase, "peak_bytes": moment.peak_bytes, "end_bytes": moment.end_bytes}
-                    for moment in memory.timeline
-                ],
-                "notes": list(memory.notes),
-            },
+            "memory": memory_dict(self.memory),
             "time": {},
-            "gpu": _fit_dict(self.fit) if self.fit else None,
-            "gpus": [_fit_dict(fit) for fit in self.gpus],
+            "gpu": fit_dict(self.fit) if self.fit else None,
+            "gpus": [fit_dict(fit) for fit in self.gpus],
             "cost": [],
             "warnings": list(self.warnings),
-            "calibration": {},
+            "calibration": self.device.calibration.to_dict() if self.device.calibration else {},
             "vramplan_version": __version__,
         }
+
+
+def memory_dict(memory: MemoryEstimate) -> dict[str, Any]:
+    """The contract's "memory"."""
+    return {
+        "components": [
+            {"name": part.name, "bytes": part.bytes, "formula": part.formula, "source": part.source}
+            for part in memory.components
+        ],
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "context_bytes": memory.context_bytes,
+        "device_bytes": memory.device_bytes,
+        "hidden_bytes": memory.hidden_bytes,
+        "needed_bytes": memory.needed_bytes,
+        "peak_phase": memory.peak_phase,
+        "loaded_bytes": memory.loaded_bytes,
+        "ready_bytes": memory.ready_bytes,
+        "paged_bytes": memory.paged_bytes,
+        "timeline": [
+            {"phase": moment.phase, "peak_bytes": moment.peak_bytes, "end_bytes": moment.end_bytes}
+            for moment in memory.timeline
+        ],
+        "notes": list(memory.notes),
+    }
 
 
 def plan(
     model: str | os.PathLike[str] | Mapping[str, Any],
     *,
-    gpu: str | None = None,
+    gpu: str | Gpu | None = None,
     stack: str | Mapping[str, object] | None = None,
+    calibration: bool = True,
     **options: object,
 ) -> Plan:
     """What fine-tuning `model` needs.
 
-    `model` is a bundled name, a config.json's path or content, a model folder, or a Hub id; `gpu` a name of the table
-    or a size such as "24GiB"; `stack` the versions to plan for; `options` those of `vramplan --help`, by the same
-    names. Raises UsageError, one sentence that says what to change, for whatever cannot be planned.
+    `model` is a bundled name, a config.json's path or content, a model folder, or a Hub id; `gpu` a name of the table,
+    a size such as "24GiB", or a Gpu; `stack` the versions to plan for; `calibration` whether to use what
+    `vramplan probe` learned about that GPU on this machine; `options` those of `vramplan --help`, by the same names.
+    Raises UsageError, one sentence that says what to change, for whatever cannot be planned.
 
     >>> plan("llama-3.1-8b", method="lora", rank=16).counts.trainable
     41943040
     """
+    if not isinstance(calibration, bool):
+        raise UsageError(f"calibration is {shown(calibration)}; it must be true or false (--no-calibration)")
     asked = parse_options(options)
     versions = parse_stack(stack)
-    card = None if gpu is None else catalog.gpu(gpu)
+    card = gpu if gpu is None or isinstance(gpu, catalog.Gpu) else catalog.gpu(gpu)
     reference = resolve_model(model)
     architecture = parse(reference.config)
     run, warnings = settle(asked, architecture, card, versions)
     counts = _count(architecture, run)
-    estimate = memory.estimate(architecture, run, card, versions, counts)
-    uses = _abilities(run)
-    smallest_first = sorted(catalog.gpus(), key=lambda gpu: (gpu.budget_bytes, gpu.name))
+    known, not_used = _learned(card, versions) if card and calibration else (None, ())
+    on = device(card, versions, known)
+    estimate = memory.estimate(architecture, run, on, counts)
+    uses = abilities(run)
+    fit = fit_on(card, estimate.needed_bytes, uses) if card else None
+    if fit is not None and not fit.fits:
+        room = fit.gpu.budget_bytes - (on.context_bytes - on.hidden_bytes)
+        if estimate.peak_allocated_bytes <= room:  # what is too much is only cached
+            within = memory.estimate(architecture, run, on, counts, limit_bytes=room)
+            fit = fit if within.out_of_memory else fit._replace(retries=within.retries)
     return Plan(
         model=reference,
         bundled=catalog.find_model(reference.name) if reference.source == "bundled" else None,
         architecture=architecture,
         options=run,
         stack=versions,
+        device=on,
         counts=counts,
         memory=estimate,
-        fit=fit_on(card, estimate.needed_bytes, uses) if card else None,
-        gpus=tuple(fit_on(each, _needed(estimate, device(each, versions)), uses) for each in smallest_first),
-        warnings=(*warnings, *versions.warnings(_packages(run))),
+        fit=fit,
+        gpus=tuple(fit if fit and each.gpu == card else each for each in fits(estimate, on, run, versions)),
+        warnings=(*warnings, *versions.warnings(_packages(run)), *not_used),
     )
+
+
+def _learned(card: Gpu, versions: Stack) -> tuple[Calibration | None, tuple[str, ...]]:
+    from vramplan.planner import calibration  # only plans of a named GPU need it
+
+    return calibration.load(card.name, versions)
 
 
 def _count(architecture: Architecture, run: TrainingOptions) -> ParameterCounts:
@@ -163,10 +189,19 @@ def _count(architecture: Architecture, run: TrainingOptions) -> ParameterCounts:
             run.target_modules,
             run.rank,
             lora_dropout=run.lora_dropout,
-            base_dtype=_SAFETENSORS[run.weights_dtype],
+            base_dtype=_SAFETENSORS["fp32" if run.prepare_kbit else run.weights_dtype],
+            adapter_dtype=_SAFETENSORS[TRAINERS[run.trainer].adapter_dtype(run.method)],
         )
     total = architecture.total_parameters
     return ParameterCounts(total, total, targets=(), rank=0, layer_prefix=architecture.layer_prefix, names=())
+
+
+def fits(estimate: MemoryEstimate, on: Device, run: TrainingOptions, versions: Stack) -> tuple[Fit, ...]:
+    """The run on every known card, smallest first: the same reserved memory, and each card's own context."""
+    uses = abilities(run)
+    smallest_first = sorted(catalog.gpus(), key=lambda gpu: (gpu.budget_bytes, gpu.name))
+    devices = [on if gpu == on.gpu else device(gpu, versions) for gpu in smallest_first]
+    return tuple(fit_on(gpu, _needed(estimate, each), uses) for gpu, each in zip(smallest_first, devices, strict=True))
 
 
 def _needed(estimate: MemoryEstimate, on: Device) -> int:
@@ -181,19 +216,21 @@ def _packages(run: TrainingOptions) -> list[str]:
     return ["torch", "transformers", "accelerate", *(package for package, needed in used.items() if needed)]
 
 
-def _abilities(run: TrainingOptions) -> list[str]:
+def abilities(run: TrainingOptions) -> list[str]:
     """What a card must be able to do for this run, as fields of `catalog.Gpu`."""
     bf16 = "bf16" in (run.weights_dtype, run.mixed_precision)
     flash = run.attention == "flash_attention_2"
     return [*(["bf16"] if bf16 else []), *(["flash_attention_2"] if flash else [])]
 
 
-def _fit_dict(fit: Fit) -> dict[str, Any]:
+def fit_dict(fit: Fit) -> dict[str, Any]:
+    """An entry of the contract's "gpus"."""
     return {
         "name": fit.gpu.name,
         "fits": fit.fits,
         "headroom_bytes": fit.headroom_bytes,
         "needed_bytes": fit.needed_bytes,
         "budget_bytes": fit.gpu.budget_bytes,
+        "retries": fit.retries,
         "lacks": list(fit.lacks),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vramplan.planner.errors import UsageError
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
@@ -17,10 +17,13 @@ from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
     from vramplan.planner.fit import Fit
     from vramplan.planner.plan import Plan
+    from vramplan.planner.prices import Offer, Refreshed
     from vramplan.planner.training import TrainingOptions
+    from vramplan.planner.verify import Score
 
 _WIDTH = 80  # where the output is no terminal
 _GAP = "  "  # between columns
@@ -67,7 +70,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     """
     top = [Row((title(plan),), "bold")]
     if plan.fit:
-        top.append(Row((verdict(plan.fit),), "green" if plan.fit.fits else "bold red"))
+        top.append(Row((verdict(plan.fit),), _colour(plan.fit)))
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
     if advice:
         page.append(_advice(plan))
@@ -77,19 +80,22 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     if explain:
         page.append(_explained(plan))
-    _show(page)
+    show(page)
 
 
 def title(plan: Plan) -> str:
     """The recipe in words: what is trained, on what, how; options at their default go without saying."""
-    run = plan.options
+    return recipe(plan.model.name, plan.options)
+
+
+def recipe(model: str, run: TrainingOptions) -> str:
+    """The same of a model's name and a run's options."""
     method = _METHODS[run.method]
     if run.lora:
-        names = [_GROUPS.get(name, name) for name in run.target_modules]
-        method += f" r={run.rank} on {', '.join(names)}"
+        method += f" r={run.rank} on {_targets(run)}"
     extras = ((run.padded, "padded"), *_precision(run), *_settings(run))
     parts = [
-        plan.model.name,
+        model,
         method,
         f"batch {run.batch_size} x {run.seq_len}",
         run.optimizer,
@@ -98,6 +104,26 @@ def title(plan: Plan) -> str:
         "one GPU",
     ]
     return ", ".join(parts)
+
+
+def brief(model: str, run: TrainingOptions) -> str:
+    """The recipe in a few words, for a row of a table: only what is not at its default is said of the settings."""
+    said = (
+        (run.rank not in (0, 16), f"r={run.rank}"),
+        (run.target_modules not in ((), ("all-linear",)), f"on {_targets(run)}"),
+        (run.optimizer != "adamw_torch_fused", run.optimizer),
+        (not run.gradient_checkpointing, "no checkpointing"),
+        (run.padded, "padded"),
+        *_precision(run),
+        *_settings(run),
+    )
+    method = _METHODS[run.method].removesuffix(" fine-tuning")
+    first = f"{model} {method} {run.batch_size} x {run.seq_len}"
+    return ", ".join([first, *(words for true, words in said if true)])
+
+
+def _targets(run: TrainingOptions) -> str:
+    return ", ".join(_GROUPS.get(name, name) for name in run.target_modules)
 
 
 def _precision(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
@@ -124,9 +150,22 @@ def _settings(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
 def verdict(fit: Fit) -> str:
     """Whether a plan fits the GPU that was named, and by how much."""
     share = f"{format_gib(fit.needed_bytes)} of the {format_gib(fit.gpu.budget_bytes)} that CUDA sees"
+    if fit.retries is not None:
+        often = "once" if fit.retries == 1 else f"{fit.retries} times"
+        return (
+            f"fits {fit.gpu.name}, but only just: it would take {format_gib(fit.needed_bytes)}, and CUDA sees "
+            f"{format_gib(fit.gpu.budget_bytes)}; PyTorch gives its cache back {often} in the first steps to stay "
+            "within, which costs time"
+        )
     if fit.fits:
         return f"fits {fit.gpu.name}: {share}, {format_gib(fit.headroom_bytes)} to spare"
     return f"does not fit {fit.gpu.name}: {share}, {format_gib(-fit.headroom_bytes)} too much"
+
+
+def _colour(fit: Fit) -> str:
+    if fit.retries is not None:
+        return "yellow"
+    return "green" if fit.fits else "bold red"
 
 
 def _parameters(plan: Plan) -> Block:
@@ -195,8 +234,12 @@ def _decimal(scaled: int, digits: int) -> str:
 
 
 def _gpus(fits: Sequence[Fit]) -> Block:
-    """The smallest cards that hold the plan and the largest that do not, cards of one size on one line."""
-    groups = [list(group) for _, group in groupby(fits, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
+    """The smallest cards that hold the plan and the largest that do not, cards of one size on one line.
+
+    A card that holds it only just has its own line above.
+    """
+    with_room = [fit for fit in fits if fit.retries is None]
+    groups = [list(group) for _, group in groupby(with_room, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
     small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
     large = [group for group in groups if group[0].fits][:_FITTING]
     rows = [Row(("", "GB", "headroom", ""), "dim")]
@@ -281,11 +324,27 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
 
 def _notes(plan: Plan) -> list[str]:
     notes = [*plan.warnings, *plan.memory.notes]
+    if plan.device.calibration:
+        notes.append(_learned(plan.device.calibration))
     if plan.bundled and plan.bundled.verified != "exact":
         notes.append(f"the parameter count of {plan.model.name} agrees with no published one: its shape was read only")
     if plan.architecture.assumed:
         notes.append(f"not in the config, so transformers' defaults: {', '.join(plan.architecture.assumed)}")
     return notes
+
+
+def _learned(known: Calibration) -> str:
+    """Which figures are not from tables and rules, and since when."""
+    figures = {
+        "CUDA context": known.process_bytes,
+        "cuBLAS workspace": known.workspace_bytes,
+        "attention kernel": known.kernel,
+    }
+    used = " and ".join(name for name, value in figures.items() if value is not None) or "nothing yet"
+    return (
+        f"calibrated: {used} as measured on this machine's {known.gpu} ({known.date}, driver {known.driver}); "
+        "--no-calibration plans without"
+    )
 
 
 def _explained(plan: Plan) -> Block:
@@ -294,6 +353,84 @@ def _explained(plan: Plan) -> Block:
         rows.append(Row((f"{format_count(part.bytes)} B", part.name), "bold"))
         rows += [Row(("", part.formula)), Row(("", part.source), "dim")]
     return Block("How each row is worked out", "><", rows)
+
+
+# ------------------------------------------------------------------------------------------------------- verification
+
+_Item = TypeVar("_Item")
+_SPREAD = ("allocated", "reserved", "device")  # figures of the table; the JSON has them all
+_WORST = 5
+
+
+def tracked(items: Iterable[_Item], total: int, doing: str) -> Iterator[_Item]:
+    """The items, with a bar on stderr while they come, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, doing, total, console=Console(stderr=True), transient=True)
+
+
+def print_scores(scores: Sequence[Score], tolerance: dict[str, float] | None) -> None:
+    """How plans compare with measured runs: the spread of their errors, the worst of them, and what is wrong."""
+    from vramplan.planner.verify import spreads
+
+    top = Block("", "<", [Row((line,), style) for line, style in _scored(scores, tolerance)])
+    header = Row(("", "", "runs", "median", "p95", "worst", "bias"), "dim")
+    rows: list[Row] = []
+    for figure, groups in spreads(scores).items():
+        if figure in _SPREAD and groups:
+            for group in ("all", *sorted(groups.keys() - {"all"})):
+                found = groups[group]
+                shares = map(percent, (found.median, found.p95, found.worst, found.bias))
+                rows.append(Row((figure if group == "all" else "", group, str(found.n), *shares)))
+    page = [top]
+    if rows:
+        page.append(Block("Planned against measured, error in percent", "<<>>>>>", [header, *rows]))
+        page += [_furthest(scores, figure) for figure in ("allocated", "reserved")]
+    wrong = [(each.run, reasons) for each in scores if (reasons := each.beyond(tolerance or {}))]
+    if wrong:
+        lines = [Row(("-", f"{run.id} ({run.file}, line {run.line}): {'; '.join(why)}")) for run, why in wrong]
+        page.append(Block("Beyond the tolerance" if tolerance else "Not as it should be", "<<", lines))
+    show(page)
+
+
+def _scored(scores: Sequence[Score], tolerance: dict[str, float] | None) -> Iterator[tuple[str, str]]:
+    exact = [each.trainable_exact for each in scores if each.trainable_exact is not None]
+    ran_out = sum(each.run.outcome != "ok" for each in scores)
+    ended = [each.fits_as_measured for each in scores if each.fits_as_measured is not None]
+    yield f"{sum(not each.failed for each in scores)} of {len(scores)} measured runs planned", "bold"
+    if exact:
+        yield f"trainable parameters exact in {sum(exact)} of {len(exact)}", ""
+    if ended:
+        yield f"ended as planned: {sum(ended)} of {len(ended)}, of which {ran_out} ran out of memory", ""
+    yield f"dangerous, the device planned more than 2 % too small: {sum(each.dangerous for each in scores)}", ""
+    if tolerance is not None:
+        beyond = sum(bool(each.beyond(tolerance)) for each in scores)
+        words = ", ".join(f"{name} {100 * share:g} %" for name, share in tolerance.items())
+        if beyond:
+            yield f"{beyond} of {len(scores)} beyond the tolerance ({words})", "bold red"
+        else:
+            yield f"all within the tolerance ({words})", "green"
+
+
+def _furthest(scores: Sequence[Score], figure: str) -> Block:
+    """The runs whose plan is furthest off in `figure`, with the other figures beside it."""
+    measured = [each for each in scores if figure in each.errors]
+    rows = [Row((*_SPREAD, "run"), "dim")]
+    for each in sorted(measured, key=lambda each: -abs(each.errors[figure]))[:_WORST]:
+        rows.append(
+            Row((*(percent(each.errors[name]) if name in each.errors else "" for name in _SPREAD), each.run.id))
+        )
+    return Block(f"Furthest off in {figure} memory", ">>><", rows)
+
+
+def percent(share: float) -> str:
+    """A share in percent, to two decimals: 0.00 is exact, what would only print so is not."""
+    text = f"{100 * share:.2f}"
+    return text if float(text) or not share else "<0.01"
 
 
 # ----------------------------------------------------------------------------------------------------- models and GPUs
@@ -305,7 +442,7 @@ def print_models(models: Sequence[Model]) -> None:
     for model in models:
         parameters, context = format_count(model.total_parameters), format_count(model.context_length)
         rows.append(Row((model.name, parameters, context, str(model.config["model_type"]))))
-    _show([Block("", "<>><", rows)])
+    show([Block("", "<>><", rows)])
 
 
 def print_gpus(gpus: Sequence[Gpu]) -> None:
@@ -316,7 +453,45 @@ def print_gpus(gpus: Sequence[Gpu]) -> None:
         rows.append(
             Row((gpu.name, str(gpu.memory_gb or "?"), format_gib(gpu.budget_bytes), bf16, gpu.architecture or "?"))
         )
-    _show([Block("", "<>><<", rows)])
+    show([Block("", "<>><<", rows)])
+
+
+def print_prices(offers: Sequence[Offer], warnings: Sequence[str] = ()) -> None:
+    """One line an offer: the smallest GPUs first, and of one kind the cheapest for each GPU."""
+    from vramplan.planner import catalog
+    from vramplan.planner.prices import stale
+
+    size = {gpu.name: gpu.budget_bytes for gpu in catalog.gpus()}
+    rows = [Row(("GPU", "n", "$/h", "", "as of", "offer"), "dim")]
+    for offer in sorted(offers, key=lambda offer: (size[offer.gpu], offer.gpu, offer.usd_per_hour / offer.gpu_count)):
+        price = f"{offer.usd_per_hour:.2f}"
+        rows.append(Row((offer.gpu, str(offer.gpu_count), price, offer.kind, offer.date, _who(offer))))
+    page = [Block("", "<>><<<", rows)]
+    if notes := [*warnings, *filter(None, [stale(offers)])]:
+        page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
+    show(page)
+
+
+def _who(offer: Offer) -> str:
+    limit = "" if offer.session_limit_s is None else f"sessions of {offer.session_limit_s / 3600:g} h"
+    region = "" if offer.region == "any" else offer.region
+    return ", ".join(filter(None, [offer.provider, offer.instance, region, limit]))
+
+
+def print_refreshed(refreshed: Refreshed, as_json: bool) -> None:
+    """How many prices came, and what is missing."""
+    if as_json:
+        print_json({**refreshed._asdict(), "file": str(refreshed.file), "fetched": fields(refreshed.fetched)})
+        return
+    providers = ", ".join(dict.fromkeys(offer.provider for offer in refreshed.fetched))
+    missing = [f"{name}: {why}" for name, why in refreshed.silent.items()]
+    missing += [f"{name}: none for {', '.join(gpus)}" for name, gpus in refreshed.partial.items()]
+    page = [
+        Block("", "<", [Row((f"prices fetched: {len(refreshed.fetched)} of {providers}, kept in {refreshed.file}",))])
+    ]
+    if missing:
+        page.append(Block("Not answered, so earlier prices stay", "<<", [Row(("-", line)) for line in missing]))
+    show(page)
 
 
 def fields(rows: Iterable[Any]) -> list[dict[str, Any]]:
@@ -327,7 +502,7 @@ def fields(rows: Iterable[Any]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-def _show(page: Sequence[Block]) -> None:
+def show(page: Sequence[Block]) -> None:
     """Writes the page at once, so that a full disk or a closed pipe stops it at one place."""
     text = _rich(page) if sys.stdout.isatty() else "\n".join(plain(page))
     sys.stdout.write(f"{text}\n")

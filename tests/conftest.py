@@ -13,6 +13,12 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads what the developer's own GPU taught vramplan, nor writes there."""
+    os.environ["VRAMPLAN_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def newest_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for the newest known versions, whatever is installed where the tests run."""

@@ -18,9 +18,11 @@ import pytest
 from test_plan import TINY
 
 import vramplan
-from vramplan.planner import cli
+from vramplan.planner import cli, verify
 from vramplan.planner import plan as plan_module
+from vramplan.planner.errors import Failure
 from vramplan.planner.training import OPTIONS
+from vramplan.probes import probe
 
 COMMANDS = {"vramplan": cli.cli, **{f"vramplan {name}": command for name, command in cli.cli.commands.items()}}
 
@@ -284,16 +286,23 @@ def test_help_names_every_option(run: Any) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_examples_that_run(name: str, run: Any) -> None:
+def test_every_command_has_examples_that_run(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = COMMANDS[name].get_help(click.Context(COMMANDS[name], info_name=name))
     lines = [line.strip() for line in text.splitlines() if line.startswith("    vramplan")]
     assert lines
     Path("my-model").mkdir()
     Path("my-model/config.json").write_text(json.dumps(TINY))
+    Path("my-runs.jsonl").write_text(verify.bundled()[0].read_text("utf-8").partition("\n")[0])
+    monkeypatch.setattr(verify, "bundled", lambda: [Path("my-runs.jsonl")])  # all of them are test_measured's
+    monkeypatch.setattr(probe, "probe", no_gpu)  # test_probe.py plays one
     for line in lines:
-        code, out, _ = run(line.removeprefix("vramplan"))
+        code, out, err = run(line.removeprefix("vramplan"))
         assert code in (0, 1)
-        assert out
+        assert out or err == "vramplan: no GPU is here\n"
+
+
+def no_gpu(*_: object, **__: object) -> None:
+    raise Failure("no GPU is here")
 
 
 # ---------------------------------------------------------------------------------------------- as a process of its own

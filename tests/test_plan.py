@@ -107,6 +107,24 @@ def test_exactly_full_fits() -> None:
     assert fit_on(card, card.budget_bytes + 1).headroom_bytes == -1
 
 
+def test_what_is_only_cached_can_be_given_back() -> None:
+    options: dict[str, Any] = {"seq_len": 8192, "stack": "torch=2.11"}
+    at_ease = plan("llama-3.1-8b", gpu="32GiB", **options)
+    assert at_ease.fit is not None
+    assert at_ease.fit.retries is None
+    context = at_ease.memory.needed_bytes - at_ease.memory.peak_reserved_bytes
+    least = at_ease.memory.peak_allocated_bytes + context  # the peak alone, with no room for a gap
+    tight = plan("llama-3.1-8b", gpu="30GiB", **options)
+    assert tight.fit is not None
+    assert tight.fit.headroom_bytes < 0 < (tight.fit.retries or 0)
+    assert tight.fit.fits
+    assert tight.memory.components == at_ease.memory.components  # the figures are those of a run that has room
+    assert tight.to_dict()["gpu"]["retries"] == tight.fit.retries
+    too_small = plan("llama-3.1-8b", gpu=f"{least // 2**20}MiB", **options)
+    assert too_small.fit is not None
+    assert (too_small.fit.fits, too_small.fit.retries) == (False, None)
+
+
 def test_full_fine_tuning_trains_everything() -> None:
     parameters = plan(TINY, method="full").to_dict()["parameters"]
     assert parameters["trainable"] == parameters["total"]

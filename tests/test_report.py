@@ -185,6 +185,17 @@ def test_the_verdict_on_a_named_gpu(tiny: Plan, capsys: pytest.CaptureFixture[st
     assert "fits 24GiB" not in printed(tiny, capsys)
 
 
+def test_the_verdict_on_a_gpu_that_holds_it_only_just(tiny: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = next(fit for fit in tiny.gpus if fit.gpu.name == "rtx-4090")._replace(needed_bytes=30 * GIB, retries=2)
+    made = dataclasses.replace(tiny, fit=fit, gpus=(fit,))
+    text = " ".join(printed(made, capsys).split())
+    assert "fits rtx-4090, but only just: it would take 30.00 GiB, and CUDA sees 23.52 GiB; " in text
+    assert "PyTorch gives its cache back 2 times in the first steps to stay within, which costs time" in text
+    assert "none of the known cards" in text  # the line above has said it
+    once = dataclasses.replace(made, fit=fit._replace(retries=1))
+    assert "gives its cache back once" in " ".join(printed(once, capsys).split())
+
+
 def test_notes(capsys: pytest.CaptureFixture[str]) -> None:
     made = plan("llama-3.1-8b", stack="torch=1.0", seq_len=10**6)
     text = " ".join(printed(made, capsys).split())
@@ -236,7 +247,7 @@ def test_a_terminal_shows_the_same_words(columns: int, tiny: Plan, monkeypatch: 
 def _page(made: Plan) -> list[Block]:
     pages: list[Block] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_show", pages.extend)
+        patch.setattr(report, "show", pages.extend)
         report.print_plan(made, explain=True)
     return pages
 
