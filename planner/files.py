@@ -1,0 +1,47 @@
+"""Files of the user's: read with a limit, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vramplan.planner.errors import UsageError, shown
+
+
+def read_text(file: str | Path, what: str, option: str, largest: int) -> str:
+    """The text of a UTF-8 file of at most `largest` bytes, without a byte order mark.
+
+    `what` says what it should be ("a CSV file of prices"), `option` where it was named. Raises UsageError for
+    whatever is no such file.
+    """
+    path, where = Path(file), shown(str(file))
+    try:
+        if not path.is_file():  # a pipe or a device would block, or never end
+            raise UsageError(f"{where} is no file; name {what} ({option})")
+        with path.open("rb") as stream:
+            raw = stream.read(largest + 1)
+        if len(raw) > largest:
+            raise UsageError(f"{where} is larger than {largest >> 20} MiB, too much for {what} ({option})")
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{where} is not UTF-8 text ({option})") from None
+    except OSError as error:
+        reason = (error.strerror or "no reason given").lower()
+        raise UsageError(f"cannot read {where}: {reason} ({option})") from None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Puts `text` in the place of `file` at once, making its folder; an earlier file stays where that fails.
+
+    Raises OSError.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)

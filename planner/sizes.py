@@ -1,0 +1,152 @@
+"""What a run needs beside the GPU: what is downloaded, host memory while loading, and what it writes to disk.
+
+Data is counted exactly. What frames it is not, where it is small: a safetensors file written in shards repeats some
+bytes of its header; torch.save adds under 320 B for each tensor of optimizer.pt and under 2 KiB for the file; the
+other files of a checkpoint (scheduler, random states, arguments, configs, PEFT's README) take under 64 KiB together,
+without a tokenizer's. tests/test_sizes.py holds all of it against files that transformers and PEFT write.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vramplan.planner import optimizer
+from vramplan.planner.memory import Component
+from vramplan.planner.paper import ITEMSIZE
+from vramplan.planner.parameters import safetensors_bytes
+from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.units import format_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from vramplan.planner.layers import Architecture
+    from vramplan.planner.parameters import ParameterCounts
+    from vramplan.planner.training import TrainingOptions
+
+SAVE_STEPS = 500  # transformers/training_args.py, save_steps; save_total_limit is None, so every checkpoint stays
+_SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_PUBLISHED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def published_dtype(config: Mapping[str, object]) -> str | None:
+    """The dtype in which a config.json says its weights are published; None where it names none of ours."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return _PUBLISHED.get(named.removeprefix("torch.")) if isinstance(named, str) else None
+
+
+def download(architecture: Architecture, dtype: str, elements: int | None = None) -> Component:
+    """The base's safetensors as published in `dtype`; `elements` counts the file's where it has more than what trains.
+
+    from_pretrained takes no other format where there is this one, and the Hub's cache keeps one copy
+    (huggingface_hub, blobs/).
+    """
+    size = _safetensors(architecture, dtype)
+    count = architecture.total_parameters
+    if elements is not None:
+        size += (elements - count) * ITEMSIZE[dtype]
+        count = elements
+    return Component(
+        "download",
+        size,
+        f"{format_count(count)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
+        "safetensors, README.md (format); transformers/modeling_utils.py, _get_resolved_checkpoint_files",
+    )
+
+
+def host_memory(architecture: Architecture, options: TrainingOptions, published: str) -> Component:
+    """Host memory that loading takes beside the process itself and beside the file's pages, which the kernel can drop.
+
+    safetensors maps the file. In the dtype asked for, a weight is the mapped page itself until it goes to the GPU; in
+    another it is a copy. A quantised base goes to the GPU weight by weight, in one thread.
+    """
+    itemsize = ITEMSIZE[options.weights_dtype]
+    where = "transformers/modeling_utils.py, safe_open(backend='mmap'); core_model_loading.py, _materialize_copy"
+    if options.weights_dtype == published:
+        return Component("host memory, loading", 0, f"weights stay in the mapped file, {published} as published", where)
+    if options.method == "qlora":
+        largest = max(weight.numel for _, _, weight in architecture.weights())
+        how = f"the largest weight, {format_count(largest)} x {itemsize} B, while it is cast to {options.weights_dtype}"
+        return Component("host memory, loading", largest * itemsize, how, where)
+    total = architecture.total_parameters
+    how = f"{format_count(total)} weights x {itemsize} B, cast from {published} to {options.weights_dtype}"
+    return Component("host memory, loading", total * itemsize, how, where)
+
+
+def checkpoint(
+    architecture: Architecture, counts: ParameterCounts, options: TrainingOptions
+) -> tuple[Component, Component]:
+    """What Trainer writes at each save: the trained weights, and the optimizer's states, paged ones included."""
+    if options.lora:
+        weights = Component(
+            "adapter_model.safetensors",
+            counts.adapter_bytes,
+            f"{format_count(counts.trainable)} adapter weights and the file's header",
+            "peft/peft_model.py, save_pretrained",
+        )
+    else:
+        total, itemsize = architecture.total_parameters, ITEMSIZE[options.weights_dtype]
+        weights = Component(
+            "model.safetensors",
+            _safetensors(architecture, options.weights_dtype),
+            f"{format_count(total)} weights x {itemsize} B ({options.weights_dtype}) and the file's header",
+            "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
+        )
+    used = optimizer.get(options.optimizer)
+    states = Component(
+        "optimizer.pt",
+        sum(_state_bytes(used, *each) for each in _trained(architecture, counts, options))
+        + (len(used.tables) * optimizer.TABLE_BYTES),
+        f"{used.name}'s states of {format_count(counts.trainable)} weights",
+        f"transformers/trainer.py, _save_optimizer_and_scheduler; {used.source}",
+    )
+    return weights, states
+
+
+def disk(base: Component, saved: tuple[Component, ...], steps: int) -> Component:
+    """The download and every checkpoint of a run of `steps` optimizer steps: one each 500, and one at the end."""
+    kept = -(-steps // SAVE_STEPS)
+    each = sum(part.bytes for part in saved)
+    return Component(
+        "disk",
+        base.bytes + kept * each,
+        f"the download and {format_count(kept)} checkpoints of {format_count(each)} B, one each {SAVE_STEPS} steps",
+        "transformers/trainer_callback.py, DefaultFlowCallback; training_args.py, save_total_limit",
+    )
+
+
+def sizes(
+    architecture: Architecture,
+    counts: ParameterCounts,
+    options: TrainingOptions,
+    steps: int,
+    published: str,
+    elements: int | None = None,
+) -> tuple[Component, ...]:
+    """Every size above: the download, host memory while loading, a checkpoint's two large files, and disk."""
+    base = download(architecture, published, elements)
+    saved = checkpoint(architecture, counts, options)
+    return base, host_memory(architecture, options, published), *saved, disk(base, saved, steps)
+
+
+def _safetensors(architecture: Architecture, dtype: str) -> int:
+    named = _SAFETENSORS[dtype]
+    return safetensors_bytes([(name, named, weight.shape) for name, _, weight in architecture.weights()])
+
+
+def _trained(
+    architecture: Architecture, counts: ParameterCounts, options: TrainingOptions
+) -> Iterator[tuple[tuple[int, ...], str, bool]]:
+    """Shape and dtype of every trained weight, and whether it is an nn.Embedding's."""
+    if options.lora:
+        dtype = TRAINERS[options.trainer].adapter_dtype(options.method)
+        for _, _, shape in counts.saved_adapters():
+            yield shape, dtype, False
+    else:
+        for _, module, weight in architecture.weights():
+            yield weight.shape, options.weights_dtype, module.kind == "embedding"
+
+
+def _state_bytes(used: optimizer.Optimizer, shape: tuple[int, ...], dtype: str, embedding: bool) -> int:
+    here = optimizer.state_bytes(used, shape, dtype, embedding)
+    return here + optimizer.paged_bytes(used, shape, dtype, embedding)

@@ -1,0 +1,230 @@
+"""Sizes of files against the files that transformers and PEFT write, and host memory against a real load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from small_models import FLAT, real_model, small
+
+from vramplan import plan
+from vramplan.planner import catalog, sizes
+from vramplan.planner.architecture import parse
+from vramplan.planner.units import MIB
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vramplan.planner.plan import Plan
+
+TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def built(config: dict[str, Any], dtype: str) -> Any:
+    """transformers' model of a config, on the CPU, with whatever numbers stand there."""
+    torch = pytest.importorskip("torch")
+    model = real_model(config).to_empty(device="cpu").to(getattr(torch, TORCH[dtype]))
+    model.tie_weights()
+    return model
+
+
+def file_bytes(folder: Path, suffix: str = ".safetensors") -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name.endswith(suffix))
+
+
+# --------------------------------------------------------------------------------------------------------- the download
+
+
+# transformers writes each expert of these under its own name, and a few buffers: the header, and bytes of buffers
+UNFUSED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "granitemoehybrid", "mixtral", "olmoe", "phimoe")
+UNFUSED += ("qwen2_moe", "qwen3_moe", "apertus", "gpt_neox")
+
+
+@pytest.mark.parametrize(("model_type", "index"), [case for case in FLAT if case[1] == 0])
+def test_the_download_is_what_transformers_saves(model_type: str, index: int, tmp_path: Path) -> None:
+    config = small(model_type, index)
+    built(config, "bf16").save_pretrained(tmp_path)
+    planned = sizes.download(parse(config), "bf16").bytes
+    if model_type in UNFUSED:
+        assert abs(planned - file_bytes(tmp_path)) < 4096
+    else:
+        assert planned == file_bytes(tmp_path)
+
+
+def test_downloads_of_models_that_people_know() -> None:
+    def planned(name: str, dtype: str) -> int:
+        model = catalog.find_model(name)
+        assert model is not None
+        return sizes.download(parse(model.config), dtype, model.hub_total).bytes
+
+    # the index of meta-llama/Llama-3.1-8B says total_size 16060522496: two bytes for each of 8,030,261,248 weights
+    assert 0 < planned("llama-3.1-8b", "bf16") - 16_060_522_496 < 64 * 1024
+    # gpt2 is published in float32, with its causal masks: 548,105,171 B on the Hub
+    assert abs(planned("gpt2", "fp32") - 548_105_171) < 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bf16"), ({"dtype": "float16"}, "fp16"), ({"dtype": "torch.float32"}, "fp32"),
+        ({}, None), ({"dtype": None, "torch_dtype": "float16"}, "fp16"), ({"dtype": "float8_e4m3fn"}, None),
+        ({"dtype": 16}, None),
+    ],
+)  # fmt: skip
+def test_published_dtype(config: dict[str, Any], dtype: str | None) -> None:
+    assert sizes.published_dtype(config) == dtype
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+RUNS = [
+    {"method": "full", "optimizer": "adamw_torch_fused"},
+    {"method": "full", "optimizer": "adamw_torch"},
+    {"method": "full", "optimizer": "adamw_8bit"},
+    {"method": "full", "optimizer": "ademamix_8bit"},
+    {"method": "full", "optimizer": "paged_lion_8bit"},
+    {"method": "full", "optimizer": "adafactor"},
+    {"method": "full", "optimizer": "sgd"},
+    {"method": "full", "optimizer": "adagrad"},
+    {"method": "full", "optimizer": "rmsprop", "weights_dtype": "bf16"},
+    {"method": "lora", "optimizer": "adamw_torch_fused"},
+    {"method": "lora", "optimizer": "adamw_8bit"},
+    {"method": "lora", "optimizer": "paged_adamw_32bit", "target_modules": "q_proj,lm_head", "weights_dtype": "bf16"},
+]
+
+
+def trained(planned: Plan, folder: Path) -> Path:
+    """The checkpoint of transformers.Trainer after two steps on the CPU."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    run = planned.options
+    if "bit" in run.optimizer:  # one manager serves the whole process, and remembers the last model's embeddings
+        pytest.importorskip("bitsandbytes").optim.GlobalOptimManager.get_instance().initialize()
+    torch.manual_seed(0)
+    model = built(planned.model.config, run.weights_dtype)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    if run.lora:
+        peft = pytest.importorskip("peft")
+        names = planned.counts.names if isinstance(planned.counts.names, str) else list(planned.counts.names)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=run.rank, target_modules=names, task_type="CAUSAL_LM"))
+    ids = torch.arange(8)
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=1, optim=run.optimizer, use_cpu=True, bf16=False,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    transformers.Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 4).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda o: f"{o['method']}-{o['optimizer']}-{o.get('weights_dtype', '')}")
+def test_checkpoints_are_what_trainer_writes(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"weights_dtype": "fp32", **options}
+    precision = "bf16" if options["weights_dtype"] == "bf16" else "no"
+    planned = plan(small("llama"), seq_len=8, mixed_precision=precision, **options)
+    weights, states = sizes.checkpoint(planned.architecture, planned.counts, planned.options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = trained(planned, tmp_path)
+    assert weights.bytes == (folder / weights.name).stat().st_size
+    tensors = len(zipfile.ZipFile(folder / states.name).infolist())
+    assert 0 <= (folder / states.name).stat().st_size - states.bytes < 320 * tensors + 2048
+    others = [file for file in folder.iterdir() if file.name not in (weights.name, states.name)]
+    assert {file.name for file in others} >= {
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "training_args.bin",
+    }
+    assert sum(file.stat().st_size for file in others) < 64 * 1024
+
+
+def test_an_adapter_is_saved_as_it_is_trained() -> None:
+    def adapter(**options: Any) -> int:
+        made = plan("llama-3.1-8b", **options)
+        weights, states = sizes.checkpoint(made.architecture, made.counts, made.options)
+        assert weights.bytes == made.counts.adapter_bytes
+        header = weights.bytes - states.bytes // 2  # adam's two states are as large as the weights
+        assert -2048 < header < 80_000
+        return weights.bytes
+
+    # SFTTrainer holds an adapter on a quantised base in bf16, else in float32
+    assert adapter(trainer="trl") < 0.51 * adapter()
+    assert adapter(trainer="trl", method="lora") == adapter(method="lora") == adapter()
+
+
+def test_paged_states_are_saved_too() -> None:
+    def states(optimizer: str) -> int:
+        made = plan("llama-3.1-8b", optimizer=optimizer)
+        return sizes.checkpoint(made.architecture, made.counts, made.options)[1].bytes
+
+    assert states("paged_adamw_8bit") == states("adamw_8bit")
+    assert states("paged_adamw_32bit") == 8 * 41_943_040
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(1, 1), (499, 1), (500, 1), (501, 2), (1000, 2), (3000, 6)])
+def test_disk_by_hand(steps: int, kept: int) -> None:
+    made = plan(small("llama"), seq_len=8)
+    rows = sizes.sizes(made.architecture, made.counts, made.options, steps, "bf16")
+    by_name = {row.name: row.bytes for row in rows}
+    both = by_name["adapter_model.safetensors"] + by_name["optimizer.pt"]
+    assert by_name["disk"] == by_name["download"] + kept * both
+    assert all(row.formula and row.source for row in rows)
+
+
+@pytest.mark.parametrize(("save_steps", "steps"), [(2, 3), (2, 4), (5, 4)])
+def test_checkpoints_come_as_often_as_trainer_saves(save_steps: int, steps: int, monkeypatch: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments("unused", save_steps=save_steps, use_cpu=True, report_to=[])
+    assert transformers.TrainingArguments("unused", use_cpu=True).save_steps == sizes.SAVE_STEPS
+    assert arguments.save_total_limit is None
+    flow, saves = transformers.trainer_callback.DefaultFlowCallback(), 0
+    for step in range(1, steps + 1):
+        state = transformers.TrainerState(global_step=step, max_steps=steps, save_steps=save_steps)
+        saves += flow.on_step_end(arguments, state, transformers.TrainerControl()).should_save
+    monkeypatch.setattr(sizes, "SAVE_STEPS", save_steps)
+    made = plan(small("llama"), seq_len=8)
+    base = sizes.download(made.architecture, "bf16")
+    one = sizes.checkpoint(made.architecture, made.counts, made.options)
+    assert sizes.disk(base, one, steps).bytes == base.bytes + saves * sum(part.bytes for part in one)
+
+
+# ---------------------------------------------------------------------------------------------------------- host memory
+
+LOAD = """
+import re, sys, torch, transformers
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)  # whatever the first load makes
+before = anonymous()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+print("grown by", anonymous() - before)
+"""
+LARGER = small("llama") | {"vocab_size": 40_000, "hidden_size": 512}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_stay_in_the_file_unless_they_are_cast(dtype: str, tmp_path: Path) -> None:
+    for name, config in (("tiny", small("llama")), ("larger", LARGER)):
+        built(config, "bf16").save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "tiny"), str(tmp_path / "larger"), TORCH[dtype]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown = int(done.stdout.partition("grown by ")[2])
+    made = plan(LARGER, seq_len=8, method="lora", weights_dtype=dtype)
+    planned = sizes.host_memory(made.architecture, made.options, "bf16").bytes
+    assert planned == (0 if dtype == "bf16" else 4 * made.counts.total)
+    assert made.counts.total * 4 > 160 * MIB
+    assert abs(grown - planned) < 12 * MIB
+
+
+def test_a_quantised_base_goes_weight_by_weight() -> None:
+    made = plan("llama-3.1-8b", weights_dtype="bf16")
+    assert sizes.host_memory(made.architecture, made.options, "bf16").bytes == 0
+    assert sizes.host_memory(made.architecture, made.options, "fp32").bytes == 128_256 * 4096 * 2
