@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from vramplan.planner.configuration import Config, defaults_table
-from vramplan.planner.errors import UsageError, nearest, shown, unknown
+from vramplan.planner.errors import UnknownArchitecture, UsageError, nearest, shown, unknown
 from vramplan.planner.families import FAMILIES
 from vramplan.planner.layers import Architecture, Attention, Layer, Mla, Mlp, Module, Moe, Weight
 
@@ -81,10 +81,10 @@ def _model_type(config: Mapping[str, object]) -> str:
 def _not_known(model_type: str) -> UsageError:
     if model_type in defaults_table()["others"]:
         close = nearest(model_type, FAMILIES) or ["llama", "qwen3", "mixtral"]
-        return UsageError(
+        return UnknownArchitecture(
             f"the layers of model_type {shown(model_type)} are not known yet; nearest known types: {', '.join(close)}"
         )
-    return unknown("model_type", model_type, model_types())
+    return UnknownArchitecture(str(unknown("model_type", model_type, model_types())))
 
 
 def _refuse_quantised(config: Mapping[str, object]) -> None:

@@ -57,7 +57,7 @@ def route(tape: Tape, x: Tensor, m: Moe, held: Held, family: str) -> tuple[Tenso
         ids = tape.new((t, k), "int64", "chosen experts")
         chosen = ops.gather(tape, scores, (t, k))
     else:
-        scores = ops.softmax(tape, ops.to(tape, logits, "fp32", "router logits, float32"), "router probabilities")
+        scores = ops.wide_softmax(tape, logits, "router probabilities")
         chosen, ids = topk(tape, scores, k)
     chosen = ops.scale(tape, chosen, "expert weights, normalised")
     if family not in ("mixtral", "phimoe", *_WIDE_ROUTERS):

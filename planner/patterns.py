@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vramplan.planner.errors import UsageError, shown
+from vramplan.planner.errors import UnknownArchitecture, UsageError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ def _layer_types(config: Config, layers: int, default: Callable[[int], bool]) ->
         return [default(index) for index in range(layers)]
     for value in given:
         if value not in ("full_attention", "attention", "sliding_attention"):
-            raise UsageError(
+            raise UnknownArchitecture(
                 f"layer_types of {config.model_type} has {shown(value)}, a layer that is not known yet; "
                 "known are full_attention and sliding_attention"
             )
@@ -153,7 +153,7 @@ def sparse_after_first(config: Config, layers: int) -> list[bool]:
 def sparse_if_experts(config: Config, layers: int) -> list[bool]:
     """Experts everywhere unless num_local_experts is 0 (granitemoehybrid)."""
     if any(_layer_types_hybrid(config, layers)):
-        raise UsageError(
+        raise UnknownArchitecture(
             "granitemoehybrid layer_types has mamba layers, which are not known yet; "
             "known are those with attention only, and granite and granitemoe"
         )
