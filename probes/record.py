@@ -5,6 +5,9 @@ real Trainer (or trl's SFTTrainer) for a few steps and writes every allocation a
 op and the Python line that made it. Needs a CUDA device.
 
     python -m vramplan.probes.record CASES.json OUT_DIR
+
+A case is {"name", "config", "options"}: the plan's options (DEFAULTS where they are silent), and beside them `steps`
+and `args`, further TrainingArguments.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import gc
 import gzip
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -27,256 +29,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 import torch
-import transformers
 
-_BACKWARD = re.compile(r"(\w+Backward\d*|AccumulateGrad|CopyBackwards|CopySlices)::apply")
-_OP = re.compile(r"at::_ops::(\w+)::(?:call|redispatch)")
-_SKIP = re.compile(r"nn/modules/module\.py|_jit_internal|autograd/function\.py|utils/_contextlib\.py")
+from vramplan.planner.training import parse_options
+from vramplan.probes import history, workload
+from vramplan.probes.measure import Marks
 
-
-def _label(frames: list[dict[str, Any]]) -> str:
-    """The op, the backward node and the innermost Python lines of an allocation."""
-    op = node = ""
-    lines: list[str] = []
-    for frame in frames:
-        name, file = frame["name"], frame["filename"]
-        if file.endswith(".py"):
-            if len(lines) < 5 and not _SKIP.search(file):
-                lines.append(f"{'/'.join(file.split('/')[-2:])}:{frame['line']}:{name}")
-            continue
-        if found := _OP.search(name):
-            op = op if len(op.split("<")) > 3 else f"{op}<{found.group(1)}" if op else found.group(1)
-        if not node and (found := _BACKWARD.search(name)):
-            node = found.group(1)
-    return f"{op}|{node}|{' < '.join(lines)}"
-
-
-def _history() -> list[list[Any]]:
-    events: list[list[Any]] = []
-    labels: dict[str, int] = {}
-    for e in torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]:
-        label = _label(e.get("frames", []))
-        events.append([e["action"], e["addr"], e["size"], labels.setdefault(label, len(labels)), e["stream"]])
-    return [list(labels), events]
-
-
-class _Rows(torch.utils.data.Dataset):  # type: ignore[misc]
-    """Token rows of `seq_len`; with `padded`, half to all of it, right-padded."""
-
-    def __init__(self, vocab: int, seq_len: int, padded: bool, n: int = 64) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.rows = []
-        for i in range(n):
-            ids = torch.randint(0, vocab, (seq_len,), generator=g)
-            mask, labels = torch.ones(seq_len, dtype=torch.long), ids.clone()
-            if padded:
-                length = seq_len - (i * 37) % (seq_len // 2)
-                mask[length:] = 0
-                labels[length:] = -100
-            self.rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return self.rows[i]
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def _model(config: dict[str, Any], o: dict[str, Any]) -> Any:
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    cfg = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    cfg._attn_implementation = o["attention"]
-    dtype = _DTYPES[o["weights_dtype"]]
-    if o["method"] != "qlora":
-        with torch.device("cuda"):
-            return transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=o["attention"])
-    if o.get("drawn"):
-        return _drawn(cfg, o)
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype)
-        model.save_pretrained(folder)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-        quant = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=o.get("double_quant", True),
-            bnb_4bit_compute_dtype=dtype if dtype != torch.float32 else torch.bfloat16,
-        )
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quant, dtype=dtype, device_map={"": 0}, attn_implementation=o["attention"]
-        )
-
-
-def _drawn(cfg: Any, o: dict[str, Any]) -> Any:
-    """A model in 4 bit whose weights are drawn on the GPU one by one and quantised there: any size, no checkpoint."""
-    import bitsandbytes as bnb
-    from transformers.integrations import replace_with_bnb_linear
-
-    dtype = _DTYPES[o["weights_dtype"]]
-    quant = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=o.get("double_quant", True),
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=o["attention"])
-        replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quant)
-    model.tie_weights()
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            if id(p) not in made:
-                drawn = torch.randn(p.shape, device="cuda", dtype=dtype)
-                weight = drawn * 0.02
-                del drawn
-                if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
-                    new = bnb.nn.Params4bit(
-                        weight, requires_grad=False, quant_type="nf4", compress_statistics=o.get("double_quant", True)
-                    ).to("cuda")
-                else:
-                    new = torch.nn.Parameter(weight, requires_grad=False)
-                del weight
-                made[id(p)] = new
-            setattr(module, name, made[id(p)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cuda"), persistent=False)
-    model.is_quantized, model.is_loaded_in_4bit = True, True
-    model.quantization_method = transformers.utils.quantization_config.QuantizationMethod.BITS_AND_BYTES
-    model.config.quantization_config = quant
-    model.hf_quantizer = transformers.quantizers.auto.AutoHfQuantizer.from_config(quant, pre_quantized=False)
-    return model.train()
-
-
-def _tokenizer() -> Any:
-    """The smallest tokenizer that trl accepts: the rows are tokens already."""
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
-class _Marks(transformers.TrainerCallback):  # type: ignore[misc]
-    """Counters at the moments shared measurements name."""
-
-    def __init__(self, marks: list[Any]) -> None:
-        self.marks = marks
-
-    def _mark(self, name: str) -> None:
-        torch.cuda.synchronize()
-        self.marks.append(
-            [
-                name,
-                len(self.marks),
-                torch.cuda.memory_allocated(),
-                torch.cuda.max_memory_allocated(),
-                torch.cuda.memory_reserved(),
-                torch.cuda.max_memory_reserved(),
-                time.perf_counter(),
-            ]
-        )
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        torch.cuda.reset_peak_memory_stats()
-        self._mark("step_begin")
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._mark("before_optimizer")
-        torch.cuda.reset_peak_memory_stats()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._mark("after_optimizer")
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._mark("step_end")
+DEFAULTS = {"optimizer": "adamw_torch", "seq_len": 512}
 
 
 def run_case(case: dict[str, Any], record: bool = True) -> dict[str, Any]:
     """One case: model, adapter, `steps` training steps; its marks and, when recorded, every event."""
-    o = {
-        "attention": "sdpa", "weights_dtype": "bf16", "mixed_precision": "bf16", "gradient_checkpointing": True,
-        "optimizer": "adamw_torch", "batch_size": 1, "seq_len": 512, "padded": False,
-        "gradient_accumulation_steps": 1, "trainer": "transformers", "rank": 16, "lora_dropout": 0.0,
-        "target_modules": "all-linear", "prepare_kbit": True, **case["options"],
-    }  # fmt: skip
+    given = {**DEFAULTS, **case["options"]}
+    steps, more = given.pop("steps", 3), given.pop("args", {})
+    options = parse_options(given)
     torch.manual_seed(0)
-    marks: list[Any] = []
-    note = _Marks(marks)
+    note = Marks()
     if record:
-        torch.cuda.memory._record_memory_history(max_entries=400_000, stacks="all")
-    model = _model(case["config"], o)
-    note._mark("loaded")
-    if o["method"] == "qlora" and o["prepare_kbit"]:
-        import peft
-
-        model = peft.prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=o["gradient_checkpointing"],
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    lora = None
-    if o["method"] != "full":
-        import peft
-
-        lora = peft.LoraConfig(
-            r=o["rank"], lora_alpha=2 * o["rank"], lora_dropout=o["lora_dropout"], bias="none", task_type="CAUSAL_LM",
-            target_modules=o["target_modules"],
-        )  # fmt: skip
-        if o["trainer"] == "transformers":
-            model = peft.get_peft_model(model, lora)
-    note._mark("ready")
-    checkpointing = o["gradient_checkpointing"]
-    common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": o["batch_size"],
-        "gradient_accumulation_steps": o["gradient_accumulation_steps"],
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        "max_steps": o.get("steps", 3),
-        "learning_rate": 1e-5,
-        "max_grad_norm": 1.0,
-        "bf16": o["mixed_precision"] == "bf16",
-        "fp16": o["mixed_precision"] == "fp16",
-        "optim": o["optimizer"],
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        **o.get("args", {}),
-    }
-    rows = _Rows(case["config"]["vocab_size"], o["seq_len"], o["padded"])
-    if o["trainer"] == "trl":
-        import datasets
-        import trl
-
-        data = datasets.Dataset.from_list(
-            [{k: v.tolist() for k, v in r.items() if k != "attention_mask"} for r in rows.rows]
-        )
-        common.pop("remove_unused_columns")
-        args = trl.SFTConfig(**common, max_length=o["seq_len"], packing=False)
-        trainer = trl.SFTTrainer(
-            model=model, args=args, train_dataset=data, peft_config=lora, processing_class=_tokenizer()
-        )
-    else:
-        if o["gradient_checkpointing"] and o["method"] == "lora":
-            model.enable_input_require_grads()
-        trainer = transformers.Trainer(model=model, args=transformers.TrainingArguments(**common), train_dataset=rows)
-    trainer.add_callback(note)
-    note._mark("trainer")
-    trainer.train()
-    note._mark("end")
-    answer: dict[str, Any] = {"name": case["name"], "options": o, "config": case["config"], "marks": marks}
+        history.start()
+    model = workload.load(case["config"], options)
+    note.mark("loaded")
+    lora = workload.lora_config(options)
+    model = workload.adapt(model, options, lora)
+    note.mark("ready")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = workload.training_arguments(options, folder, steps, **more)
+        trainer = workload.trainer(model, options, lora, arguments)
+        trainer.add_callback(note)
+        note.mark("trainer")
+        trainer.train()
+    note.mark("end")
+    marks = [[mark.name, number, *mark[1:]] for number, mark in enumerate(note.marks)]
+    answer: dict[str, Any] = {
+        "name": case["name"], "options": options.as_dict(), "config": case["config"], "marks": marks,
+    }  # fmt: skip
     if record:
-        answer["labels"], answer["events"] = _history()
-        torch.cuda.memory._record_memory_history(enabled=None)
+        answer["labels"], answer["events"] = history.events()
+        history.stop()
     free, total = torch.cuda.mem_get_info()
     answer["used"] = total - free
     answer["reserved"] = torch.cuda.memory_reserved()
@@ -315,7 +103,7 @@ def main(cases_file: str, out: str) -> None:
             except Exception as error:
                 traceback.print_exc(limit=-4)
                 answer = {"name": case["name"], "error": f"{type(error).__name__}: {error}"}
-                torch.cuda.memory._record_memory_history(enabled=None)
+                history.stop()
             file.write(json.dumps(answer) + "\n")
             print(
                 f"{time.time() - started:6.1f}",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
 from vramplan import plan
 from vramplan.planner.allocator import Allocator
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -64,3 +68,28 @@ def test_a_real_step_needs_what_its_plan_says(method: str, gradient_checkpointin
     planned = plan(CONFIG, optimizer="adamw_torch", **asked).memory.peak_allocated_bytes
     clean()
     assert planned == pytest.approx(measured, rel=0.01)
+
+
+def test_a_probe_measures_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("VRAMPLAN_DATA_DIR", str(tmp_path))
+    from vramplan.planner.report_probe import Progress
+    from vramplan.probes.probe import probe
+
+    options = {"method": "qlora", "seq_len": 512}
+    report = probe(CONFIG, output=str(tmp_path / "runs.jsonl"), watcher=Progress(None), **options)
+    (result,) = report.results
+    assert result.outcome == "ok", result.reason
+    assert report.good
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_boundary_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("VRAMPLAN_DATA_DIR", str(tmp_path))
+    from vramplan.planner.report_probe import Progress
+    from vramplan.probes.probe import probe
+
+    report = probe(CONFIG, boundary="batch_size", memory_limit="4GiB", watcher=Progress(None), seq_len=1024)
+    assert report.proof is not None
+    assert report.proof.holds

@@ -1,6 +1,6 @@
 """The plan against fine-tuning runs measured on an H200 (tables/measured): every run, every figure it has.
 
-The 84 of h200-single-gpu.jsonl were there while the ops were written; the 92 of h200-other-models.jsonl (other models,
+The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of h200-other-models.jsonl (other models,
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
 `vramplan probe` itself measured the 10 of h200-probe.jsonl (what it runs without a model) and the 36 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
@@ -87,9 +87,7 @@ def test_other_models_and_settings() -> None:
     assert abs(allocated.worst) < 0.01
     assert reserved.median < 0.005
     assert reserved.p95 < 0.05
-    # Adafactor's leftovers between steps, and trl's padded rows, whose scored positions differ from batch to batch
-    assert len([error for error in errors(OTHERS, "reserved") if error < -0.02]) <= 2
-    assert min(errors(OTHERS, "reserved")) > -0.10
+    assert abs(reserved.worst) < 0.02
 
 
 def test_what_a_probe_measures() -> None:

@@ -1,0 +1,31 @@
+"""Imported once by the server that case processes are forked from, so that a case does not wait for its imports.
+
+CUDA must not be touched before a fork. PyTorch's check for a GPU goes through NVML when it is told to; bitsandbytes
+asks CUDA for the compute capability as it is imported (bitsandbytes/cuda_specs.py), and peft imports bitsandbytes, so
+both are left to each case, and only what they need is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from importlib import import_module
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TORCH_SYMBOLIZE_MODE", "dladdr")  # names in a memory history: addr2line takes minutes
+# With several GPUs in sight the Trainer would use them all (DataParallel); a probe measures the first.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+for _name in (
+    "torch",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.codecache",
+    "triton",
+    "accelerate",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+):
+    with contextlib.suppress(Exception):  # what is missing or broken is told by the case that needs it
+        import_module(_name)
