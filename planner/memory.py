@@ -240,7 +240,8 @@ def replay(
             if failed:
                 break
         timeline = timeline or tuple(moments)
-        if failed or (number > 0 and (reserved - before) * SETTLED < reserved):
+        settled = number > 0 and (reserved - before) * SETTLED < reserved
+        if failed or (settled and not allocator.retries):
             break  # a step that needed hardly more than the one before: the next is nearly the same
     return MemoryEstimate(
         components=_components(program, _alive_at(*at_best), best, sources),

@@ -129,10 +129,13 @@ def _train(case: dict[str, Any], note: Marks) -> dict[str, Any]:
     note.mark("loaded")
     lora = workload.lora_config(options, made.counts)
     model = workload.adapt(model, options, lora)
-    note.mark("ready")
+    if options.trainer == "transformers":
+        note.mark("ready")
     with tempfile.TemporaryDirectory(prefix="vramplan-") as folder:
         arguments = workload.training_arguments(options, folder, case["steps"])
         trainer = workload.trainer(model, options, lora, arguments)
+        if options.trainer == "trl":  # SFTTrainer adds the adapter itself
+            note.mark("ready")
         sums = _Sums(case["steps"] - 1 if case["record"] else None)
         trainer.add_callback(note)
         trainer.add_callback(sums)

@@ -2,7 +2,7 @@
 
 The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of h200-other-models.jsonl (other models,
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
-`vramplan probe` itself measured the 10 of h200-probe.jsonl (what it runs without a model) and the 36 of
+`vramplan probe` itself measured the 13 of h200-probe.jsonl (10 of them what it runs without a model) and the 42 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
 or 80 GiB would leave it.
 """
@@ -93,7 +93,7 @@ def test_other_models_and_settings() -> None:
 def test_what_a_probe_measures() -> None:
     for name in (PROBED, BOUNDARIES):
         assert abs(spread(name, "allocated").worst) < 0.001
-        assert abs(spread(name, "reserved").worst) < 0.005
+        assert abs(spread(name, "reserved").worst) < 0.01  # with trl, padded: only positions with a label are scored
         assert abs(spread(name, "device").worst) < 0.01
 
 
@@ -102,5 +102,5 @@ def test_memory_runs_out_where_the_plan_says() -> None:
     assert [each.failed for each in found if each.failed] == []
     assert {each.run.id for each in found if not each.fits_as_measured} == MISSED
     # neither answer alone is right: half of them survived
-    assert sum(each.run.outcome == "ok" for each in found) == 17
-    assert len(found) == 36
+    assert sum(each.run.outcome == "ok" for each in found) == 20
+    assert len(found) == 42

@@ -119,7 +119,7 @@ def test_what_is_no_file_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_runs_that_come_with_it() -> None:
     assert [file.name for file in verify.bundled()][-1] == "h200-single-gpu.jsonl"
-    assert len(read(verify.bundled())) >= 221
+    assert len(read(verify.bundled())) >= 230
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
