@@ -105,13 +105,14 @@ class _Addresses:
     (kernels, workspaces) is not played.
     """
 
-    __slots__ = ("_gaps", "_reserved", "_rooms", "_starts")
+    __slots__ = ("_fresh", "_gaps", "_reserved", "_rooms", "_starts")
 
     def __init__(self) -> None:
         self._reserved: dict[int, int] = {}  # start -> end
         self._starts: list[int] = []  # of the same, sorted
         self._rooms: list[tuple[int, int]] = []  # start and end of what is unused in them, sorted
         self._gaps: list[tuple[int, int]] = [(0, _TOP)]  # start and end of what is not reserved, sorted
+        self._fresh = True
 
     def take(self, length: int) -> int:
         """The address of a new segment. Addresses are doubled, so that two segments never touch, and never merge."""
@@ -127,8 +128,9 @@ class _Addresses:
         low, end = self._gaps[i]
         start = end - needed
         self._gaps[i] = (low, start)
-        if not self._starts:
+        if self._fresh:
             self._gaps.append((_TOP, _TOP + _GAP_ABOVE))
+            self._fresh = False
         self._reserved[start] = end
         insort(self._starts, start)
         if start + length < end:

@@ -144,6 +144,9 @@ def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> 
     shared.positions = _positions(tape, architecture, s)
     kinds = {blocks.layer_type(layer.attention): layer.attention for layer in architecture.kinds}
     family = architecture.model_type
+    if family in KEEPS_MASK_ARGUMENTS and "full_attention" not in kinds:
+        # made whatever layer_types says, and held unread (models/ministral/modeling_ministral.py, causal_mask_mapping)
+        kinds["full_attention"] = replace(architecture.kinds[0].attention, sliding_window=None)
     for kind in sorted(kinds):
         tape.scope = "masks"
         a = kinds[kind]

@@ -97,11 +97,12 @@ def planned(a: Attention, s: Settings, *, masked: bool, grouped: bool = True) ->
 
 
 def attend(
-    tape: Tape, q: Tensor, k: Tensor, v: Tensor, a: Attention, s: Settings, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, a: Attention, s: Settings, mask: Tensor | None,
+    *, family: str = "",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of q [B, N, T, D] over k, v [B, K, T, D], as [B, T, N * D]; and the weights, where they exist."""
     if s.kernel == "eager":
-        return eager(tape, q, k, v, a, mask)
+        return eager(tape, q, k, v, a, mask, narrow=family == "gpt2")
     if s.kernel == "flash_attention_2":
         q, k, v = (ops.lower(tape, x) for x in (q, k, v))
         out = varlen(tape, q, k, v) if s.masked else flash(tape, q, k, v)
@@ -119,6 +120,8 @@ def scaled_dot_product_attention(
     dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The op of that name; autocast casts its arguments, the last first, and is off inside."""
+    if mask is not None and mask.dtype != "bool":  # falcon's with alibi (aten/src/ATen/autocast_mode.cpp, cached_cast)
+        mask = ops.lower(tape, mask)
     v = ops.lower(tape, v)
     k = ops.lower(tape, k)
     q = ops.lower(tape, q)
@@ -377,8 +380,13 @@ def workspace(
     return 4 * b * n * 4 * -(-elements // 4), in_registers
 
 
-def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, a: Attention, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """eager_attention_forward: scores, softmax in float32, probabilities, all materialised and returned."""
+def eager(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, a: Attention, mask: Tensor | None, *, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """eager_attention_forward: scores, softmax in float32, probabilities, all materialised and returned.
+
+    `narrow`: only autocast makes the softmax float32 (models/gpt2/modeling_gpt2.py, eager_attention_forward).
+    """
     groups = a.num_heads // a.num_key_value_heads
     keys = ops.repeat_kv(tape, k, groups)
     values = ops.repeat_kv(tape, v, groups)
@@ -398,7 +406,8 @@ def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, a: Attention, mask: Tenso
         out = ops.matmul(tape, weights, values, (b, n, t, v.shape[-1]), "attention output")
         out = ops.merge_heads(tape, out, "attention output, heads merged")
         return out, weights
-    weights = ops.to(tape, ops.wide_softmax(tape, weights), q.dtype, "probabilities, cast")
+    softmax = ops.softmax if narrow and not tape.autocast else ops.wide_softmax
+    weights = ops.to(tape, softmax(tape, weights), q.dtype, "probabilities, cast")
     weights = ops.dropout(tape, weights, a.dropout)
     out = ops.matmul(tape, weights, values, (b, n, t, v.shape[-1]), "attention output")
     out = ops.merge_heads(tape, out, "attention output, heads merged")
@@ -437,18 +446,14 @@ def math(
     groups = n // k.shape[1]
     keys, values = k_acc, v_acc
     if grouped:
-        keys = ops.repeat_kv(tape, k_acc, groups)
-        values = ops.repeat_kv(tape, v_acc, groups)
+        keys = ops.repeat_kv(tape, k_acc, groups, interleave=True)
+        values = ops.repeat_kv(tape, v_acc, groups, interleave=True)
     scaled_keys = ops.scale(tape, keys, "k, scaled")
-    if not grouped:  # matmul broadcasts
-        scaled_keys = ops.repeat_kv(tape, scaled_keys, groups)
     scores = ops.matmul(tape, scaled, scaled_keys, (b, n, t, t), "scores")
     del scaled_keys
     probabilities = ops.dropout(tape, safe_softmax(tape, scores), dropout)
     del scores
     weights = ops.to(tape, probabilities.detach(), given, "probabilities, cast")
-    if not grouped:
-        values = ops.repeat_kv(tape, v_acc, groups)
     out = ops.matmul(tape, probabilities, values, (b, n, t, v.shape[-1]), "attention output")
     out = ops.to(tape, out, given, "attention output, cast back")
     del probabilities, values, keys, scaled, v_acc, k_acc, q_acc, bias

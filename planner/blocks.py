@@ -496,7 +496,7 @@ def self_attention(
     if a.rotary_dim:
         q, k, parts = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
     mask = shared.masks.get(kind)
-    out, weights = kernels.attend(tape, q, k, v, a, s, mask)
+    out, weights = kernels.attend(tape, q, k, v, a, s, mask, family=layer.family)
     tape.scope = a.o
     out = project(tape, out, held.projections[a.o], s)
     if layer.family in _DROPS_INSIDE:

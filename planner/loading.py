@@ -71,8 +71,12 @@ def held_bytes(run: Run) -> int:
 def _buffers(a: Architecture) -> list[tuple[str, int]]:
     """What modules hold beside weights, float32: inv_freq and original_inv_freq, for each type of layer if they differ.
 
-    gptj's layers keep sines and cosines of every position instead; a scaled embedding keeps its scale.
+    gptj's layers keep sines and cosines of every position instead; a scaled embedding keeps its scale. gpt_bigcode's
+    model keeps a causal mask of all its positions (GPTBigCodeModel.__init__, bias: bool), which nothing reads any more.
     """
+    if a.model_type == "gpt_bigcode":
+        positions = next(m for m in a.embeddings if m.role == "position_embedding").in_features
+        return [("causal mask of every position", positions**2)]
     if a.model_type == "gptj":
         attentions = [a.kinds[kind].attention for kind in a.order]
         return [("rotary table", 4 * attention.positions * attention.rotary_dim) for attention in attentions]

@@ -57,7 +57,9 @@ def route(tape: Tape, x: Tensor, m: Moe, held: Held, family: str) -> tuple[Tenso
         ids = tape.new((t, k), "int64", "chosen experts")
         chosen = ops.gather(tape, scores, (t, k))
     else:
-        scores = ops.wide_softmax(tape, logits, "router probabilities")
+        # models/phimoe/modeling_phimoe.py, sparsemixer: the dtype is left to autocast; the others ask for float32
+        softmax = ops.softmax if family == "phimoe" and not tape.autocast else ops.wide_softmax
+        scores = softmax(tape, logits, "router probabilities")
         chosen, ids = topk(tape, scores, k)
     chosen = ops.scale(tape, chosen, "expert weights, normalised")
     if family not in ("mixtral", "phimoe", *_WIDE_ROUTERS):

@@ -86,7 +86,10 @@ def falcon(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared:
             logits = ops.scale_(tape, scores)
             del scores
         biased = ops.add(tape, logits, shared.masks[kind], "scores, masked")
-        weights = ops.wide_softmax(tape, biased) if x.dtype == "fp32" else ops.softmax(tape, biased)
+        if x.dtype == "fp32":
+            weights = ops.wide_softmax(tape, biased)
+        else:  # F.softmax(..., dtype=hidden_states.dtype) casts its input first (aten/src/ATen/native/SoftMax.cpp)
+            weights = ops.softmax(tape, ops.to(tape, biased, x.dtype, "scores, cast"))
         del biased
         del logits
         if a.position == "alibi":

@@ -388,15 +388,24 @@ def merge_heads(tape: Tape, x: Tensor, label: str = "heads merged") -> Tensor:
     return done(tape.new((b, t, n * d), x.dtype, label), node)
 
 
-def repeat_kv(tape: Tape, x: Tensor, times: int) -> Tensor:
-    """`repeat_kv` of transformers: expand and reshape, so a copy; the gradient is summed over the repeats."""
+class Expanded(Tensor):
+    """[B, N, T, D] of one head's memory, by a stride of 0; any op on it, and a flattening of B and N, writes all."""
+
+    __slots__ = ()
+
+
+def repeat_kv(tape: Tape, x: Tensor, times: int, *, interleave: bool = False) -> Tensor:
+    """`repeat_kv` of transformers: expand and reshape, so a copy; the gradient is summed over the repeats.
+
+    `interleave`: torch's `repeat_interleave`, which copies a single head too (aten/src/ATen/native/Repeat.cpp).
+    """
     if times == 1:
         return x
     b, h, t, d = x.shape
     dtype = x.dtype
     node = tape.node((x,), lambda g, _: [tape.new((b, h, t, d), dtype, "gradient of repeated heads", layout(g))])
-    if h == 1:  # one head is repeated by a stride of 0: no copy
-        return Tensor(x.storage, (b, times, t, d), dtype, node)
+    if h == 1 and not interleave:
+        return Expanded(x.storage, (b, times, t, d), dtype, node)
     return done(tape.new((b, h * times, t, d), dtype, "heads repeated"), node)
 
 
@@ -451,12 +460,13 @@ def _unfolded(grad: Tensor) -> Tensor:
 def matmul(tape: Tape, a: Tensor, b: Tensor, shape: Shape, label: str) -> Tensor:
     """`torch.matmul` of two [B, N, ., .]: flattened to [B * N, ., .], which copies where that is no view, then bmm.
 
-    BmmBackward saves both and takes them by the alphabet (mat2, self).
+    A single head of b is expanded to a's first (aten/src/ATen/native/LinearAlgebra.cpp, _matmul_impl). BmmBackward
+    saves both and takes them by the alphabet (mat2, self).
     """
     low_b = lower(tape, b)
     low_a = lower(tape, a)
     a = _flat(tape, low_a)
-    b = _flat(tape, low_b)
+    b = _flat(tape, repeat_kv(tape, low_b, low_a.shape[1] // low_b.shape[1]))
     a_shape, b_shape, dtype = a.shape, b.shape, a.dtype
     needs_a, needs_b = a.node is not None, b.node is not None
 
@@ -479,7 +489,9 @@ def matmul(tape: Tape, a: Tensor, b: Tensor, shape: Shape, label: str) -> Tensor
 
 def _flattens(x: Tensor) -> bool:
     """Whether [B, N, T, D] is [B * N, T, D] by a view."""
-    return x.shape[0] == 1 or not x.merged or x.shape[1] == 1 or x.shape[2] == 1
+    if x.shape[0] == 1:
+        return True
+    return not (isinstance(x, Expanded) or (x.merged and x.shape[1] > 1 and x.shape[2] > 1))
 
 
 def _flat(tape: Tape, x: Tensor) -> Tensor:
