@@ -165,12 +165,13 @@ def estimate(
     on: Device,
     counts: ParameterCounts,
     limit_bytes: int | None = None,
+    run: Run | None = None,
 ) -> MemoryEstimate:
     """Plays the run and replays it through the allocator, which may reserve `limit_bytes` if they are given.
 
-    Raises UsageError for what no machine holds.
+    `run` is what `run_of` makes of the rest, where that is at hand. Raises UsageError for what no machine holds.
     """
-    run = run_of(architecture, options, on, counts)
+    run = run or run_of(architecture, options, on, counts)
     made = replay(run, options, on, SOURCES | TRAINERS[options.trainer].sources, limit_bytes)
     return replace(made, notes=_notes(run, on))
 

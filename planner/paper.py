@@ -42,8 +42,8 @@ class Tape:
     """The events of one stretch of a step, and the modes it runs in (autocast, gradients, recomputation)."""
 
     __slots__ = (
-        "autocast", "cache", "events", "frame", "grad", "labels", "multiprocessors", "saved", "scope", "scopes", "seq",
-        "sizes",
+        "added", "autocast", "cache", "events", "frame", "grad", "labels", "multiprocessors", "saved", "scope",
+        "scopes", "seq", "sizes",
     )  # fmt: skip
 
     def __init__(self, autocast: str | None = None, multiprocessors: Multiprocessors = H200) -> None:
@@ -59,6 +59,7 @@ class Tape:
         self.scope = ""
         self.seq = 0
         self.multiprocessors = multiprocessors
+        self.added: list[int] = []  # bytes of gradients that another was added to in place
 
     def new(self, shape: Shape, dtype: str, label: str, merged: bool = False) -> Tensor:
         """A fresh tensor of `shape`; `label` says which op made it, `merged` how it lies in memory (Tensor)."""
@@ -336,6 +337,7 @@ def _sum(tape: Tape, old: Tensor) -> Tensor:
     can_accumulate_inplace): such a gradient is added out of place.
     """
     if old.storage is not None and old.storage.holders == 1 and not old.alias:
+        tape.added.append(old.nbytes)
         return old
     return tape.new(old.shape, old.dtype, "gradient sum", old.merged)
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
     from vramplan.planner.memory import MemoryEstimate
+    from vramplan.planner.run import Run
+    from vramplan.planner.throughput import StepTime
 
 _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -35,8 +37,8 @@ _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 class Plan:
     """What one training run needs, and what was assumed to say so.
 
-    `gpu` is the GPU that was named and `fit` the plan on it; `gpus` are all known cards, smallest first. `bundled` is
-    the table's row of the model, where it came from there.
+    `gpu` is the GPU that was named, `fit` the plan on it, `time` what a step takes there; `gpus` are all known cards,
+    smallest first. `bundled` is the table's row of the model, where it came from there.
     """
 
     model: ModelReference
@@ -48,6 +50,7 @@ class Plan:
     counts: ParameterCounts
     memory: MemoryEstimate
     fit: Fit | None
+    time: StepTime | None
     gpus: tuple[Fit, ...]
     warnings: tuple[str, ...]
 
@@ -89,7 +92,7 @@ class Plan:
                 "adapted_modules": self.counts.adapted_modules,
             },
             "memory": memory_dict(self.memory),
-            "time": {},
+            "time": self.time.to_dict() if self.time else {},
             "gpu": fit_dict(self.fit) if self.fit else None,
             "gpus": [fit_dict(fit) for fit in self.gpus],
             "cost": [],
@@ -153,7 +156,8 @@ def plan(
     counts = _count(architecture, run)
     known, not_used = _learned(card, versions) if card and calibration else (None, ())
     on = device(card, versions, known)
-    estimate = memory.estimate(architecture, run, on, counts)
+    played = memory.run_of(architecture, run, on, counts)
+    estimate = memory.estimate(architecture, run, on, counts, run=played)
     uses = abilities(run)
     fit = fit_on(card, estimate.needed_bytes, uses) if card else None
     if fit is not None and not fit.fits:
@@ -171,9 +175,16 @@ def plan(
         counts=counts,
         memory=estimate,
         fit=fit,
+        time=_time(played, card, known) if card else None,
         gpus=tuple(fit if fit and each.gpu == card else each for each in fits(estimate, on, run, versions)),
         warnings=(*warnings, *versions.warnings(_packages(run)), *not_used),
     )
+
+
+def _time(played: Run, card: Gpu, known: Calibration | None) -> StepTime | None:
+    from vramplan.planner import throughput  # only plans of a named GPU need it
+
+    return throughput.time_of(throughput.work(played), card, known)
 
 
 def _learned(card: Gpu, versions: Stack) -> tuple[Calibration | None, tuple[str, ...]]:

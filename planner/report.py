@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vramplan.planner.fit import Fit
     from vramplan.planner.plan import Plan
     from vramplan.planner.prices import Offer, Refreshed
+    from vramplan.planner.throughput import StepTime
     from vramplan.planner.training import TrainingOptions
     from vramplan.planner.verify import Score
 
@@ -72,6 +73,8 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     if plan.fit:
         top.append(Row((verdict(plan.fit),), _colour(plan.fit)))
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
+    if plan.time:
+        page.append(_time(plan.time))
     if advice:
         page.append(_advice(plan))
     if timeline:
@@ -199,6 +202,23 @@ def _memory(plan: Plan) -> Block:
     ]
     shown_rows = [Row((name, _decimal(shown, digits)), style) for name, shown, style in rows]
     return Block(f"Memory at the peak: {memory.peak_phase}", "<>", [Row(("", "GiB"), "dim"), *shown_rows])
+
+
+def _time(time: StepTime) -> Block:
+    """A step's seconds and what they go to, the most first; what is less than a hundredth of it is put together."""
+    span = f"{_seconds(time.low_s)} to {_seconds(time.high_s)}, host and kernels at their fastest and slowest"
+    rows = [
+        Row(("one step", _seconds(time.step_s), span), "bold"),
+        Row(("tokens a second", format_count(round(time.tokens_per_s)), "")),
+    ]
+    parts = sorted(time.parts, key=lambda part: -part.seconds)
+    large = [part for part in parts if part.seconds >= 0.01 * time.step_s]
+    rows += [Row((part.name, _seconds(part.seconds), f"{part.seconds / time.step_s:.0%}")) for part in large]
+    return Block("Time of a step", "<><", rows)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _shown_parts(plan: Plan, digits: int) -> tuple[list[str], list[int]]:
@@ -358,7 +378,7 @@ def _explained(plan: Plan) -> Block:
 # ------------------------------------------------------------------------------------------------------- verification
 
 _Item = TypeVar("_Item")
-_SPREAD = ("allocated", "reserved", "device")  # figures of the table; the JSON has them all
+_SPREAD = ("allocated", "reserved", "device", "step")  # figures of the table; the JSON has them all
 _WORST = 5
 
 
@@ -424,7 +444,7 @@ def _furthest(scores: Sequence[Score], figure: str) -> Block:
         rows.append(
             Row((*(percent(each.errors[name]) if name in each.errors else "" for name in _SPREAD), each.run.id))
         )
-    return Block(f"Furthest off in {figure} memory", ">>><", rows)
+    return Block(f"Furthest off in {figure} memory", ">" * len(_SPREAD) + "<", rows)
 
 
 def percent(share: float) -> str:

@@ -41,6 +41,7 @@ class Piece:
     grad_made: int  # id of the input's gradient; NOWHERE when the input needs none
     grads: tuple[int, ...]  # ids of its parameters' gradients, in registration order
     shared: dict[str, int]  # ids of the tables and masks that it reads: the last reader to let go frees them
+    added: tuple[int, ...]  # bytes of gradients that backward adds another to in place
 
 
 def _external(tape: Tape, nbytes: int, label: str) -> Storage:
@@ -100,7 +101,7 @@ def play_layer(
     grads = tuple(p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None)
     piece = Piece(
         ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved),
-        0, made, grad_given, grad_made, grads, shared_ids,
+        0, made, grad_given, grad_made, grads, shared_ids, tuple(tape.added),
     )  # fmt: skip
     for parameter in held.parameters:
         parameter.grad = None

@@ -36,15 +36,17 @@ FIGURES = {
     "loaded": ("loaded_bytes", "loaded_bytes"),
     "ready": ("ready_bytes", "ready_bytes"),
 }
+STEP = "step"  # seconds: the median of a run's steps from the second on, since the first warms up
 OUTCOMES = ("ok", "out_of_memory")
 DANGEROUS = -0.02  # planned so much below what the device used: "fits" is said of what may not
 _LARGEST = 2**26  # bytes of a file; a run has about 2,000
 _LONGEST = 200  # characters of a name
 _MOST_BYTES = 2**50
+_LONGEST_S = 10**6  # of a step
 
 
 class Run(NamedTuple):
-    """One line of a file: a run that was measured. `figures` are its bytes by the names of `FIGURES`."""
+    """One line of a file: a run that was measured. `figures` are its bytes by the names of `FIGURES`, and `STEP`."""
 
     id: str
     file: str
@@ -57,7 +59,7 @@ class Run(NamedTuple):
     outcome: str
     limit_bytes: int | None
     trainable_parameters: int | None
-    figures: dict[str, int]
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,8 @@ def _run(line: bytes, file: Path, number: int) -> Run:
     outcome = row.get("outcome", "ok")
     if outcome not in OUTCOMES:
         raise ValueError(f"outcome is {shown(outcome)}, not {' or '.join(OUTCOMES)}")
-    figures = {name: _size(row, theirs) for name, (_, theirs) in FIGURES.items()}
+    figures: dict[str, float | None] = {name: _size(row, theirs) for name, (_, theirs) in FIGURES.items()}
+    figures[STEP] = _step_s(row)
     if outcome == "ok" and figures["allocated"] is None:
         raise ValueError("it has no peak_allocated_bytes")
     options, stack = _field(row, "options", dict), _field(row, "stack", dict)
@@ -196,6 +199,18 @@ def _capability(row: dict[str, Any]) -> str | None:
     return value
 
 
+def _step_s(row: dict[str, Any]) -> float | None:
+    """Seconds of a settled step, None where a run has no second one."""
+    steps = row.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"steps is {shown(steps)}, not a list of objects")
+    times = [step["step_s"] for step in steps[1:] if step.get("step_s") is not None]
+    for time in times:
+        if isinstance(time, bool) or not isinstance(time, int | float) or not 0 < time < _LONGEST_S:
+            raise ValueError(f"step_s is {shown(time)}, not seconds above 0")
+    return median(times) if times else None
+
+
 def _size(row: dict[str, Any], name: str) -> int | None:
     value = row.get(name)
     if value is None:
@@ -225,11 +240,14 @@ def score(run: Run) -> Score:
         return Score(run, failed=str(error))
     fits = not found.out_of_memory if run.limit_bytes is not None else made.fit is None or made.fit.fits
     measured = dict(run.figures) if run.outcome == "ok" and not found.out_of_memory else {}
+    planned: dict[str, float] = {name: getattr(found, attribute) for name, (attribute, _) in FIGURES.items()}
+    if made.time:
+        planned[STEP] = made.time.step_s
     if "paged" in made.options.optimizer:  # managed memory lies on the device while there is room, and in no plan
         measured.pop("device", None)
     return Score(
         run,
-        {name: getattr(found, FIGURES[name][0]) / size - 1 for name, size in measured.items()},
+        {name: planned[name] / size - 1 for name, size in measured.items() if name in planned},
         None if run.trainable_parameters is None else made.counts.trainable == run.trainable_parameters,
         fits == (run.outcome == "ok"),
     )
@@ -244,7 +262,7 @@ def spread(errors: Sequence[float]) -> Spread:
 
 def spreads(scores: Iterable[Score]) -> dict[str, dict[str, Spread]]:
     """The spread of each figure, for all methods together and for each."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in FIGURES}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in (*FIGURES, STEP)}
     for each in scores:
         for name, error in each.errors.items():
             for group in ("all", each.method):
@@ -258,8 +276,8 @@ def parse_tolerance(given: str) -> dict[str, float]:
     for part in given.split(","):
         name, equals, percent = part.rpartition("=")
         name = name.strip() if equals else "allocated"
-        if name not in FIGURES:
-            raise unknown("figure", name, FIGURES, "--tolerance")
+        if name not in (*FIGURES, STEP):
+            raise unknown("figure", name, (*FIGURES, STEP), "--tolerance")
         try:
             share = float(percent) / 100
         except ValueError:

@@ -10,6 +10,7 @@ or 80 GiB would leave it.
 from __future__ import annotations
 
 from functools import cache
+from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,3 +105,11 @@ def test_memory_runs_out_where_the_plan_says() -> None:
     # neither answer alone is right: half of them survived
     assert sum(each.run.outcome == "ok" for each in found) == 20
     assert len(found) == 42
+
+
+def test_the_time_of_a_step() -> None:
+    """Steps from the second on. Most of these runs wait for the host, whose speed differs by a third between days."""
+    found = [abs(error) for name in (KNOWN, OTHERS, PROBED, BOUNDARIES) for error in errors(name, "step")]
+    assert len(found) > 200
+    assert median(found) < 0.15
+    assert sum(error < 0.35 for error in found) > 0.9 * len(found)

@@ -211,5 +211,5 @@ def test_what_the_package_exports() -> None:
 def test_warm_plan_before_the_replay(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What plan() costs around the memory engine."""
     estimate = plan("llama-3.1-8b").memory
-    monkeypatch.setattr("vramplan.planner.memory.estimate", lambda *given: estimate)
+    monkeypatch.setattr("vramplan.planner.memory.estimate", lambda *_, **__: estimate)
     benchmark(plan, "llama-3.1-8b", method="qlora", rank=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vramplan import plan
-from vramplan.planner import memory
+from vramplan.planner import catalog, memory, throughput
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.plan import _count
@@ -43,6 +43,15 @@ def test_everything_before_the_replay(benchmark: BenchmarkFixture) -> None:
         return sum(len(run.step(number)) for number in range(2))
 
     assert benchmark(steps) > 0
+
+
+def test_the_time_of_a_step_of_a_run_that_is_played(benchmark: BenchmarkFixture) -> None:
+    architecture = parse(CONFIG)
+    options = parse_options(OPTIONS)
+    run = memory.run_of(architecture, options, device(None), _count(architecture, options))
+    run.play(again=False)
+    h200 = catalog.gpu("h200")
+    assert benchmark(lambda: throughput.time_of(throughput.work(run), h200)) is not None
 
 
 def test_a_sweep_of_sequence_lengths(benchmark: BenchmarkFixture) -> None:
