@@ -154,9 +154,18 @@ def ending(result: Result) -> str:
 def _run(name: str, result: Result) -> Block:
     rows = [Row(("", "predicted", "measured", "error"), "dim")]
     rows += [_figure(figure) for figure in result.figures]
-    rows.append(Row(("step time", "", f"{result.line['step_s']:.3f} s", "")))
+    rows.append(_step_time(result))
     said = "as planned" if result.verdict else f"WRONG in {' and '.join(result.beyond) or 'its outcome'}"
     return Block(f"{name}: {said}", "<>>>", rows)
+
+
+def _step_time(result: Result) -> Row:
+    """The last step's, beside the plan's: shown, and no part of the verdict, because it is the host's as well."""
+    measured, planned = result.line["step_s"], result.case.plan.time
+    if planned is None or not result.case.survives:
+        return Row(("step time", "", f"{measured:.3f} s", ""))
+    error = 100 * (planned.step_s / measured - 1)
+    return Row(("step time", f"{planned.step_s:.3f} s", f"{measured:.3f} s", f"{error:+.0f} %"))
 
 
 def _figure(figure: Figure) -> Row:
