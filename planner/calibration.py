@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.planner.errors import UsageError, shown
+from vramplan.planner.errors import UsageError, reason, shown
+from vramplan.planner.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,16 +78,7 @@ def save(calibration: Calibration) -> Path:
     content = calibration.to_dict()
     _checked(content)
     file = _file(calibration.gpu, _minor(calibration.stack["torch"]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=2) + "\n")
     return file
 
 
@@ -104,7 +96,7 @@ def load(gpu: str, stack: Stack) -> tuple[Calibration | None, tuple[str, ...]]:
             return None, (f"the calibration of {gpu} {made}, so it is not used; {_AGAIN}",)
         found = _read(file)
     except (OSError, ValueError) as error:
-        why = (error.strerror or "no reason given").lower() if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         return None, (f"the calibration {str(file)!r} is not used: {why}; {_AGAIN}",)
     driver = installed_driver()
     if driver is not None and driver != found.driver:

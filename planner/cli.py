@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vramplan import __version__
-from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, shown, unknown
+from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, reason, shown, unknown
 from vramplan.planner.training import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from vramplan.planner.training import Option
 
@@ -79,10 +78,14 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
     return click.option(option.flag, option.name, metavar="|".join(option.choices) if few else metavar, help=help_text)
 
 
+_gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+_config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
+
+
 @cli.command()
 @click.argument("model", required=False)
 @_training_options
-@click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+@_gpu
 @click.option(
     "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
 )
@@ -91,7 +94,7 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
     default=None,
     help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
 )
-@click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
+@_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
 @click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
@@ -107,10 +110,7 @@ def plan(
       vramplan plan gpt2 --method full --seq-len 512 --explain
       vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
     """
-    asked: dict[str, Any] = {"model": model, **options}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if config is not None:
-        asked = _profile(config) | asked
+    asked = _asked(config, model=model, **options)
     if "model" not in asked:
         raise UsageError("no model is named; add one, such as vramplan llama-3.1-8b (MODEL)")
     from vramplan.planner import report
@@ -132,23 +132,19 @@ def plan(
 
 def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> int:
     """Answers from an earlier trace of the same question, where there is one."""
-    from vramplan.planner import report, report_trace, traces
+    from vramplan.planner import traces
 
     found = traces.answered(**asked)
     if found is None:
         raise UsageError(f"{error}; `vramplan trace {asked['model']}` with the same options runs its own code")
-    if as_json:
-        report.print_json(found)
-    else:
-        report_trace.print_trace(found)
-    return 1 if found["gpu"] and not found["gpu"]["fits"] else 0
+    return _print_trace(found, as_json)
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
 @click.argument("model")
 @_training_options
-@click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
-@click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
+@_gpu
+@_config
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON, the plan beside it.")
 def trace(model: str, config: str | None, as_json: bool, **options: object) -> int:
     """Run a training step of MODEL's real code on tensors without memory, and show it beside the plan.
@@ -162,13 +158,14 @@ def trace(model: str, config: str | None, as_json: bool, **options: object) -> i
       vramplan trace llama-3.2-1b --method qlora
       vramplan trace ./my-model/config.json --method full --gpu rtx-4090 --json
     """
-    asked = {name: value for name, value in options.items() if value is not None}
-    if config is not None:
-        asked = {name: value for name, value in _profile(config).items() if name != "model"} | asked
-    from vramplan.planner import report, report_trace
     from vramplan.probes import trace as tracing
 
-    found = tracing.answer(model, **asked)
+    return _print_trace(tracing.answer(**_asked(config, model=model, **options)), as_json)
+
+
+def _print_trace(found: dict[str, Any], as_json: bool) -> int:
+    from vramplan.planner import report, report_trace
+
     if as_json:
         report.print_json(found)
     else:
@@ -248,13 +245,11 @@ def probe(
 
     Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
     """
-    asked = {name: value for name, value in options.items() if value is not None}
-    if config is not None:
-        asked = _profile(config) | asked
-        for name in ("gpu", "stack", "calibration"):
-            if name in asked:
-                raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
-        model = model or str(asked.pop("model", "")) or None
+    asked = _asked(config, model=model, **options)
+    for name in ("gpu", "stack", "calibration"):
+        if name in asked:
+            raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
+    model = asked.pop("model", None)
     if over not in (None, "batch_size", "seq_len"):
         raise unknown("size", over, ("batch_size", "seq_len"), "--over")
     if over is not None and not boundary:
@@ -366,6 +361,12 @@ def _holds(names: Iterable[str], words: Iterable[str]) -> bool:
     return all(word.lower() in whole for word in words)
 
 
+def _asked(config: str | None, **options: object) -> dict[str, Any]:
+    """What the command line says, before what the profile file says."""
+    said = {name: value for name, value in options.items() if value is not None}
+    return said if config is None else _profile(config) | said
+
+
 def _profile(file: str) -> dict[str, Any]:
     """The options of a profile file, by their names; `model`, `gpu` and `stack` may stand there too."""
     if sys.version_info >= (3, 11):
@@ -373,41 +374,19 @@ def _profile(file: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
 
-    text = _read_profile(file)
+    from vramplan.planner.files import read_text
+
+    text = read_text(file, "a TOML file of options", "--config", _LARGEST_PROFILE)
     try:
         profile = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
-        raise UsageError(f"{shown(file)} is no TOML: {reason} (--config)") from None
+        wrong = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
+        raise UsageError(f"{shown(file)} is no TOML: {wrong} (--config)") from None
     known = [*OPTIONS, "model", "gpu", "stack", "calibration"]
     for name in profile:
         if name not in known:
             raise unknown(f"option in {shown(file)}:", name, known, "--config")
     return profile
-
-
-def _read_profile(file: str) -> str:
-    from pathlib import Path
-
-    path: Path = Path(file)
-    try:
-        if not path.is_file():  # a pipe or a device would block, or never end
-            raise UsageError(f"{shown(file)} is no file; name a TOML file of options (--config)")
-        with path.open("rb") as stream:
-            raw = stream.read(_LARGEST_PROFILE + 1)
-        if len(raw) > _LARGEST_PROFILE:
-            raise UsageError(f"{shown(file)} is larger than 1 MiB, which no profile is (--config)")
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{shown(file)} is not UTF-8 text (--config)") from None
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {shown(file)}: {(error.strerror or 'no reason given').lower()} (--config)"
-        ) from None
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or "no reason given").lower()
 
 
 def _meant_command(args: Sequence[str]) -> str:
@@ -446,7 +425,7 @@ def main(args: Sequence[str] | None = None) -> None:
         code = 0
         _close_stdout()
     except OSError as error:
-        report.print_error(f"cannot write the answer: {_reason(error)}")
+        report.print_error(f"cannot write the answer: {reason(error)}")
         code = 74
         _close_stdout()
     except Exception:

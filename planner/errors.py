@@ -31,6 +31,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
 
+def reason(error: OSError) -> str:
+    """What the system says of a file or a stream, for the inside of a sentence."""
+    return (error.strerror or "no reason given").lower()
+
+
 def nearest(value: str, names: Iterable[str], n: int = 3) -> list[str]:
     """The `n` names closest to `value`, best first; empty when nothing is close."""
     import difflib  # only an error needs it, and every command would wait for it

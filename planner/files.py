@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vramplan.planner.errors import UsageError, shown
+from vramplan.planner.errors import UsageError, reason, shown
 
 
-def read_text(file: str | Path, what: str, option: str, largest: int) -> str:
-    """The text of a UTF-8 file of at most `largest` bytes, without a byte order mark.
+def read_bytes(file: str | Path, what: str, option: str, largest: int) -> bytes:
+    """What is in a file of at most `largest` bytes.
 
     `what` says what it should be ("a CSV file of prices"), `option` where it was named. Raises UsageError for
     whatever is no such file.
@@ -22,12 +22,18 @@ def read_text(file: str | Path, what: str, option: str, largest: int) -> str:
             raw = stream.read(largest + 1)
         if len(raw) > largest:
             raise UsageError(f"{where} is larger than {largest >> 20} MiB, too much for {what} ({option})")
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{where} is not UTF-8 text ({option})") from None
+        return raw
     except OSError as error:
-        reason = (error.strerror or "no reason given").lower()
-        raise UsageError(f"cannot read {where}: {reason} ({option})") from None
+        raise UsageError(f"cannot read {where}: {reason(error)} ({option})") from None
+
+
+def read_text(file: str | Path, what: str, option: str, largest: int, encoding: str = "utf-8") -> str:
+    """The same as text; `encoding` "utf-8-sig" passes over a byte order mark."""
+    raw = read_bytes(file, what, option, largest)
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError:
+        raise UsageError(f"{shown(str(file))} is not UTF-8 text ({option})") from None
 
 
 def write_text(file: Path, text: str) -> None:

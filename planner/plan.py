@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vramplan import __version__
-from vramplan.planner import catalog, memory, optimizer, parameters
+from vramplan.planner import catalog, memory, parameters
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError, shown
@@ -222,8 +222,7 @@ def _needed(estimate: MemoryEstimate, on: Device) -> int:
 
 def _packages(run: TrainingOptions) -> list[str]:
     """The packages whose behaviour this run meets."""
-    bitsandbytes = run.method == "qlora" or optimizer.get(run.optimizer).implementation == "bnb"
-    used = {"peft": run.lora, "bitsandbytes": bitsandbytes, "trl": run.trainer == "trl"}
+    used = {"peft": run.lora, "bitsandbytes": run.bitsandbytes, "trl": run.trainer == "trl"}
     return ["torch", "transformers", "accelerate", *(package for package, needed in used.items() if needed)]
 
 

@@ -150,7 +150,7 @@ def read(file: str | Path) -> tuple[Offer, ...]:
     provider, gpu, gpu_count, usd_per_hour and date must be there; region, instance, spot (yes or no), session_limit_s
     and source may. Raises UsageError naming line and column for whatever else stands there.
     """
-    text = read_text(file, "a CSV file of prices", _OPTION, _LARGEST)
+    text = read_text(file, "a CSV file of prices", _OPTION, _LARGEST, "utf-8-sig")
     where = shown(str(file))
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:

@@ -34,7 +34,7 @@ def peak_bytes(run: Run) -> int:
     now += len(run.trainer.batch) * run.accumulation * block_bytes(8 * s.batch * s.seq)
     now += 3 * _SCALAR  # the number of tokens, the loss so far, that of the last micro-step
     now += 2 * run.workspace_bytes + (CUBLASLT_BYTES * (1 + s.checkpointing) if run.uses_cublaslt else 0)
-    now += 2 * block_bytes(4) * run.scaled  # the loss scale and its growth tracker
+    now += 2 * _SCALAR * run.scaled  # the loss scale and its growth tracker
     highest = now
     micro_steps = (False, True)[: min(run.accumulation, 2)]
     for net, most in (*(each for again in micro_steps for each in _micro_step(run, again)), *update):

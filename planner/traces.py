@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan import __version__
 from vramplan.planner import catalog
+from vramplan.planner.files import write_text
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import parse_options
@@ -80,13 +81,7 @@ def keep(name: str, answer: Mapping[str, Any]) -> Path:
     Raises OSError where it cannot be written.
     """
     file = folder() / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps({"schema": SCHEMA, "answer": answer}), encoding="utf-8")
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(file, json.dumps({"schema": SCHEMA, "answer": answer}))
     by_age = sorted(file.parent.glob("*.json"), key=_age)
     for old in by_age[:-_MOST]:
         old.unlink(missing_ok=True)

@@ -57,15 +57,14 @@ class Kernel(NamedTuple):
 class Section:
     """The kernels of one stretch of a step, each with how often it runs, and what the host does to launch them.
 
-    `forward_ops` are called from Python, `backward_ops` by autograd's thread; `adapters`, `dequantised` and
-    `products_4bit` are calls of PEFT's layers and of bitsandbytes', whose Python is longer than an op's.
+    `forward_ops` are called from Python, `backward_ops` by autograd's thread; `dequantised` and `products_4bit` are
+    calls of bitsandbytes', whose Python is longer than an op's.
     """
 
     name: str
     kernels: Counter[Kernel] = field(default_factory=Counter)
     forward_ops: int = 0
     backward_ops: int = 0
-    adapters: int = 0
     products_4bit: int = 0
     dequantised: int = 0  # in backward
     checkpoints: int = 0
@@ -388,7 +387,6 @@ def _called(section: Section, kernels: Sequence[Kernel | None], labels: Sequence
     found = [kernel for kernel in kernels if kernel is not None]
     section.kernels.update(found)
     section.forward_ops += len(found)
-    section.adapters += labels.count("adapter, rank r")
     section.products_4bit += labels.count("weight, dequantised")
 
 

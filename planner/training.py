@@ -149,6 +149,11 @@ class TrainingOptions:
         return self.method != "full"
 
     @property
+    def bitsandbytes(self) -> bool:
+        """Whether the run quantises with bitsandbytes, or steps with its optimizer."""
+        return self.method == "qlora" or optimizer.get(self.optimizer).implementation == "bnb"
+
+    @property
     def target(self) -> str | list[str]:
         """`target_modules` as PEFT takes it: a group's name alone, else a list of names."""
         one = self.target_modules[0] if len(self.target_modules) == 1 else None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.planner import catalog, memory
 from vramplan.planner.errors import UsageError, shown, unknown
+from vramplan.planner.files import read_bytes
 from vramplan.planner.plan import plan
 from vramplan.planner.stack import KNOWN
 from vramplan.planner.training import OPTIONS
@@ -124,16 +125,7 @@ def read(files: Iterable[str | Path]) -> list[Run]:
 
 def _read(file: Path) -> list[Run]:
     where = shown(str(file))
-    if not file.is_file():  # a pipe or a device would block, or never end
-        raise UsageError(f"{where} is no file; name a JSON Lines file of measured runs (FILE)")
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(_LARGEST + 1)
-    except OSError as error:
-        reason = (error.strerror or "no reason given").lower()
-        raise UsageError(f"cannot read {where}: {reason} (FILE)") from None
-    if len(raw) > _LARGEST:
-        raise UsageError(f"{where} is larger than 64 MiB, which no file of measured runs is (FILE)")
+    raw = read_bytes(file, "a JSON Lines file of measured runs", "FILE", _LARGEST)
     runs = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():

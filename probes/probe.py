@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vramplan import __version__
 from vramplan.planner import calibration, memory
-from vramplan.planner.errors import Failure, UsageError, shown
+from vramplan.planner.errors import Failure, UsageError, reason, shown
 from vramplan.planner.plan import plan
 from vramplan.planner.stack import KNOWN, installed, parse_stack
 from vramplan.planner.units import MIB, format_gib, parse_size
@@ -310,7 +310,7 @@ class Probe:
                 _append(self._output, result.line)
                 self.report.saved = self._output
             except OSError as error:
-                self._note(f"cannot save to {str(self._output)!r}: {_reason(error)}; results are shown here only")
+                self._note(f"cannot save to {str(self._output)!r}: {reason(error)}; results are shown here only")
                 self._output = None
         return result
 
@@ -380,7 +380,7 @@ class Probe:
         try:
             calibration.save(self.report.learned)
         except OSError as error:
-            self._note(f"the calibration cannot be saved: {_reason(error)}; later plans go without it")
+            self._note(f"the calibration cannot be saved: {reason(error)}; later plans go without it")
 
     def prove(self, model: Any, options: Mapping[str, Any], limit_bytes: int | None, over: str) -> None:
         """Runs the largest size that the planner says survives and the next, and looks on where it was wrong."""
@@ -464,10 +464,6 @@ def _compared(
 
     planned = compare.of_plan(case.plan, case.steps - 1)
     return compare.divergences(planned, compare.of_history(labels, events, start_bytes=start_bytes))
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or "no reason given").lower()
 
 
 # --------------------------------------------------------------------------------------------------------- the machine
@@ -617,7 +613,7 @@ def _writable(output: str) -> Path:
             file.unlink()
         return file
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a user's home that is not known
-        why = _reason(error) if isinstance(error, OSError) else "no path"
+        why = reason(error) if isinstance(error, OSError) else "no path"
         raise UsageError(f"cannot write to {shown(output)}: {why} (--output)") from None
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from vramplan import __version__
-from vramplan.planner import catalog, memory, optimizer, traces
+from vramplan.planner import catalog, memory, traces
 from vramplan.planner.device import device
-from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError
+from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, reason
 from vramplan.planner.fit import fit_on
 from vramplan.planner.plan import abilities, fit_dict, fits, memory_dict
 from vramplan.planner.plan import plan as make_plan
@@ -187,9 +187,7 @@ def answer(model: Any, **asked: Any) -> dict[str, Any]:
         try:
             traces.keep(_key(made), found)
         except OSError as error:
-            found["warnings"].append(
-                f"the trace could not be kept in {str(traces.folder())!r}: {(error.strerror or 'no reason').lower()}"
-            )
+            found["warnings"].append(f"the trace could not be kept in {str(traces.folder())!r}: {reason(error)}")
     return found
 
 
@@ -226,7 +224,7 @@ def _refuse(run: TrainingOptions, config: Mapping[str, Any]) -> None:
 
 def _need(run: TrainingOptions) -> None:
     needed = ["torch", "transformers", "accelerate", "peft"]
-    if run.method == "qlora" or optimizer.get(run.optimizer).implementation == "bnb":
+    if run.bitsandbytes:
         needed.append("bitsandbytes")
     if lacking := [name for name in needed if find_spec(name) is None]:
         raise Failure(
