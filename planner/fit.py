@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vramplan.planner.catalog import Gpu
+    from vramplan.planner.device import Device
+    from vramplan.planner.memory import MemoryEstimate
 
 
 class Fit(NamedTuple):
@@ -32,10 +34,39 @@ class Fit(NamedTuple):
         """Whether the memory suffices."""
         return self.headroom_bytes >= 0 or self.retries is not None
 
+    def to_dict(self) -> dict[str, Any]:
+        """An entry of the contract's "gpus"."""
+        return {
+            "name": self.gpu.name,
+            "fits": self.fits,
+            "headroom_bytes": self.headroom_bytes,
+            "needed_bytes": self.needed_bytes,
+            "budget_bytes": self.gpu.budget_bytes,
+            "retries": self.retries,
+            "lacks": list(self.lacks),
+        }
+
 
 def fit_on(gpu: Gpu, needed_bytes: int, uses: Iterable[str] = ()) -> Fit:
     """A plan on one GPU; `uses` are the abilities it relies on, by the names of `catalog.Gpu`'s fields."""
     return Fit(gpu, needed_bytes, tuple(ability for ability in uses if getattr(gpu, ability) is False))
+
+
+def room_bytes(gpu: Gpu, played: MemoryEstimate | Device) -> int:
+    """What PyTorch may reserve on `gpu`: what CUDA shows of it, less the context, the driver's own part not counted."""
+    return gpu.budget_bytes - (played.context_bytes - played.hidden_bytes)
+
+
+def judged(gpu: Gpu, played: MemoryEstimate, within: Callable[[int], MemoryEstimate], uses: Iterable[str] = ()) -> Fit:
+    """A run on one GPU, from its replay with boundless memory; `within` replays it with so much to reserve.
+
+    Where only the cache is too much, the second replay says whether the run survives by giving it back.
+    """
+    fit, room = fit_on(gpu, played.needed_bytes, uses), room_bytes(gpu, played)
+    if fit.fits or played.peak_allocated_bytes > room:
+        return fit
+    limited = within(room)
+    return fit if limited.out_of_memory else fit._replace(retries=limited.retries)
 
 
 class Boundary(NamedTuple):
@@ -45,19 +76,31 @@ class Boundary(NamedTuple):
     fails: int | None  # the smaller of those with which it does not
 
 
-def largest(survives: Callable[[int], bool], step: int, most: int) -> Boundary:
+def largest(
+    survives: Callable[[int], bool], step: int, most: int, possible: Callable[[int], bool] | None = None
+) -> Boundary:
     """The boundary of a run's size (a batch, a sequence), among the multiples of `step` up to `most`.
 
-    Sizes are doubled until one fails, then the gap is halved. Where memory does not grow with every step, fragmentation
-    being what it is, this is one of several boundaries: what it holds of the two sizes is true all the same.
+    Sizes are doubled until one fails, then the gap is halved. `possible`, where given, is a cheaper answer that is
+    never false where the run survives: its own boundary is found first, and the search goes down from there. Where
+    memory does not grow with every step, fragmentation being what it is, this is one of several boundaries: what it
+    holds of the two sizes is true all the same.
     """
-    good, bad, end = 0, None, most // step  # in steps
-    size = min(1, end)
-    while size > good:
-        if not survives(size * step):
-            bad = size
-            break
-        good, size = size, min(2 * size, end)
+    good, bad = 0, None  # in steps
+    if possible is None:
+        size, end = min(1, most // step), most // step
+        while size > good:
+            if not survives(size * step):
+                bad = size
+                break
+            good, size = size, min(2 * size, end)
+    else:
+        top = largest(possible, step, most)
+        bad = None if top.fails is None else top.fails // step
+        size, down = (top.survives or 0) // step, 1
+        while size > 0 and not survives(size * step):
+            bad, size, down = size, size - down, 2 * down
+        good = max(size, 0)
     while bad is not None and bad - good > 1:
         middle = (good + bad) // 2
         if survives(middle * step):

@@ -15,7 +15,7 @@ from vramplan.planner.errors import UsageError
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
@@ -71,7 +71,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     """
     top = [Row((title(plan),), "bold")]
     if plan.fit:
-        top.append(Row((verdict(plan.fit),), _colour(plan.fit)))
+        top.append(verdict(plan.fit.to_dict()))
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
@@ -150,25 +150,21 @@ def _settings(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def verdict(fit: Fit) -> str:
-    """Whether a plan fits the GPU that was named, and by how much."""
-    share = f"{format_gib(fit.needed_bytes)} of the {format_gib(fit.gpu.budget_bytes)} that CUDA sees"
-    if fit.retries is not None:
-        often = "once" if fit.retries == 1 else f"{fit.retries} times"
-        return (
-            f"fits {fit.gpu.name}, but only just: it would take {format_gib(fit.needed_bytes)}, and CUDA sees "
-            f"{format_gib(fit.gpu.budget_bytes)}; PyTorch gives its cache back {often} in the first steps to stay "
-            "within, which costs time"
+def verdict(fit: Mapping[str, Any]) -> Row:
+    """Whether a plan fits the GPU that was named, and by how much; `fit` is an entry of the contract's "gpus"."""
+    needed, seen = format_gib(fit["needed_bytes"]), format_gib(fit["budget_bytes"])
+    share = f"{needed} of the {seen} that CUDA sees"
+    if fit["retries"] is not None:
+        often = "once" if fit["retries"] == 1 else f"{fit['retries']} times"
+        words = (
+            f"fits {fit['name']}, but only just: it would take {needed}, and CUDA sees {seen}; PyTorch gives its cache "
+            f"back {often} in the first steps to stay within, which costs time"
         )
-    if fit.fits:
-        return f"fits {fit.gpu.name}: {share}, {format_gib(fit.headroom_bytes)} to spare"
-    return f"does not fit {fit.gpu.name}: {share}, {format_gib(-fit.headroom_bytes)} too much"
-
-
-def _colour(fit: Fit) -> str:
-    if fit.retries is not None:
-        return "yellow"
-    return "green" if fit.fits else "bold red"
+        return Row((words,), "yellow")
+    if fit["fits"]:
+        return Row((f"fits {fit['name']}: {share}, {format_gib(fit['headroom_bytes'])} to spare",), "green")
+    words = f"does not fit {fit['name']}: {share}, {format_gib(-fit['headroom_bytes'])} too much"
+    return Row((words,), "bold red")
 
 
 def _parameters(plan: Plan) -> Block:
