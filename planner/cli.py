@@ -79,6 +79,14 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
 
 
 _gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+_stack = click.option(
+    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
+)
+_calibration = click.option(
+    "--calibration/--no-calibration",
+    default=None,
+    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
+)
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
@@ -86,14 +94,8 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @click.argument("model", required=False)
 @_training_options
 @_gpu
-@click.option(
-    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
-)
-@click.option(
-    "--calibration/--no-calibration",
-    default=None,
-    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
-)
+@_stack
+@_calibration
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -110,9 +112,7 @@ def plan(
       vramplan plan gpt2 --method full --seq-len 512 --explain
       vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
     """
-    asked = _asked(config, model=model, **options)
-    if "model" not in asked:
-        raise UsageError("no model is named; add one, such as vramplan llama-3.1-8b (MODEL)")
+    asked = _question(config, model=model, **options)
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
@@ -138,6 +138,49 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
     if found is None:
         raise UsageError(f"{error}; `vramplan trace {asked['model']}` with the same options runs its own code")
     return _print_trace(found, as_json)
+
+
+@cli.command(short_help="Find the largest run that fits a GPU.")
+@click.argument("model", required=False)
+@click.option(
+    "--over",
+    metavar="NAMES",
+    help="What is varied: batch_size, seq_len, rank, method.  [default: batch_size,seq_len]",
+)
+@_gpu
+@_training_options
+@_stack
+@_calibration
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def fit(model: str | None, over: str | None, config: str | None, as_json: bool, **options: object) -> int:
+    """Find the largest run of MODEL that fits a GPU.
+
+    Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
+    cache, how much it leaves, and why the next one fails. batch_size and seq_len together give the largest batch for
+    each sequence length besides, with method for each method.
+
+    \b
+    Examples:
+      vramplan fit llama-3.1-8b --gpu rtx-4090
+      vramplan fit qwen3-4b --gpu 16GiB --over rank,method --seq-len 4096
+      vramplan fit llama-3.2-1b --gpu t4 --over batch_size --method full --json
+
+    Exit codes: 0 something fits; 1 nothing does; 2 the question was wrong.
+    """
+    asked = _question(config, model=model, **options)
+    from vramplan.planner import capacity, report, report_decide
+
+    def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (search() for search in report.tracked(searches, len(searches), "searching"))
+
+    asked |= {} if over is None else {"over": over}
+    found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report_decide.print_fit(found)
+    return 0 if found.fits else 1
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
@@ -359,6 +402,14 @@ def prices(words: Sequence[str], file: str | None, as_json: bool) -> None:
 def _holds(names: Iterable[str], words: Iterable[str]) -> bool:
     whole = "\n".join(names).lower()
     return all(word.lower() in whole for word in words)
+
+
+def _question(config: str | None, **options: object) -> dict[str, Any]:
+    """The same where a model must be named in one of them."""
+    asked = _asked(config, **options)
+    if "model" not in asked:
+        raise UsageError("no model is named; add one, such as vramplan llama-3.1-8b (MODEL)")
+    return asked
 
 
 def _asked(config: str | None, **options: object) -> dict[str, Any]:

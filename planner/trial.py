@@ -1,0 +1,122 @@
+"""One model on one GPU, tried with one set of options after another: what a search asks of the planner.
+
+Every verdict is that of `plan` with the same options. Peaks that are too high without any cache are seen in a
+twentieth of a replay's time (quick.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vramplan.planner import memory
+from vramplan.planner.device import device
+from vramplan.planner.errors import UsageError
+from vramplan.planner.fit import judged, room_bytes
+from vramplan.planner.plan import _count, _learned, abilities
+from vramplan.planner.quick import peak_bytes
+from vramplan.planner.training import parse_options, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vramplan.planner.catalog import Gpu
+    from vramplan.planner.fit import Fit
+    from vramplan.planner.layers import Architecture
+    from vramplan.planner.memory import MemoryEstimate
+    from vramplan.planner.run import Run
+    from vramplan.planner.stack import Stack
+    from vramplan.planner.throughput import StepTime
+    from vramplan.planner.training import TrainingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A set of options on a GPU; `runs_out` is the phase in which memory does, empty where it does not.
+
+    `refused` says why there can be no such run: then there are neither options nor a fit.
+    """
+
+    options: TrainingOptions | None
+    fit: Fit | None
+    runs_out: str = ""
+    refused: str = ""
+
+    @property
+    def roomy(self) -> bool:
+        """Whether the run fits with its whole cache."""
+        return self.fit is not None and self.fit.headroom_bytes >= 0
+
+    @property
+    def survives(self) -> bool:
+        """Whether it fits, be it only just."""
+        return self.fit is not None and self.fit.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trial as JSON."""
+        return {
+            "fits": self.survives,
+            "only_just": self.survives and not self.roomy,
+            "gpu": self.fit.to_dict() if self.fit else None,
+            "runs_out_in": self.runs_out or None,
+            "refused": self.refused or None,
+        }
+
+
+class Bench:
+    """Tries options of a run of `architecture` on `gpu`; each is a mapping as `parse_options` takes it."""
+
+    def __init__(self, architecture: Architecture, gpu: Gpu, stack: Stack, calibration: bool = True) -> None:
+        self.architecture, self.gpu, self.stack = architecture, gpu, stack
+        self.known, self.notes = _learned(gpu, stack) if calibration else (None, ())
+        self.on = device(gpu, stack, self.known)
+        self.room_bytes = room_bytes(gpu, self.on)
+        self._possible: dict[TrainingOptions, bool] = {}
+        self._replayed: dict[tuple[TrainingOptions, int | None], MemoryEstimate] = {}
+
+    def options(self, asked: Mapping[str, object]) -> TrainingOptions:
+        """The options as this model and this GPU take them; raises UsageError where they do not."""
+        return settle(parse_options(asked), self.architecture, self.gpu, self.stack)[0]
+
+    def possible(self, asked: Mapping[str, object]) -> bool:
+        """Whether the run's tensors alone would find room; False also where there can be no such run."""
+        try:
+            options = self.options(asked)
+            if options not in self._possible:
+                self._possible[options] = peak_bytes(self._run(options)) <= self.room_bytes
+        except UsageError:
+            return False
+        return self._possible[options]
+
+    def roomy(self, asked: Mapping[str, object]) -> bool:
+        """Whether the run fits with its whole cache."""
+        return self.possible(asked) and self._replay(self.options(asked)).peak_reserved_bytes <= self.room_bytes
+
+    def survives(self, asked: Mapping[str, object]) -> bool:
+        """Whether it fits, be it only just."""
+        return self.roomy(asked) or (self.possible(asked) and self.trial(asked).survives)
+
+    def trial(self, asked: Mapping[str, object]) -> Trial:
+        """The whole verdict on a run, and where it fails how."""
+        try:
+            options = self.options(asked)
+            played = self._replay(options)
+        except UsageError as error:
+            return Trial(None, None, refused=str(error))
+        fit = judged(self.gpu, played, lambda room: self._replay(options, room), abilities(options))
+        return Trial(options, fit, "" if fit.fits else self._replay(options, self.room_bytes).out_of_memory)
+
+    def time(self, options: TrainingOptions) -> StepTime | None:
+        """What a step takes there; None where the GPU's rates are not known."""
+        from vramplan.planner import throughput
+
+        return throughput.time_of(throughput.work(self._run(options)), self.gpu, self.known)
+
+    def _run(self, options: TrainingOptions) -> Run:
+        return memory.run_of(self.architecture, options, self.on, _count(self.architecture, options))
+
+    def _replay(self, options: TrainingOptions, room: int | None = None) -> MemoryEstimate:
+        if (options, room) not in self._replayed:
+            counts = _count(self.architecture, options)
+            self._replayed[options, room] = memory.estimate(self.architecture, options, self.on, counts, room)
+        return self._replayed[options, room]
