@@ -17,8 +17,8 @@ from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.fit import largest
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
-from vramplan.planner.training import flags, for_method, parse_options, settle
-from vramplan.planner.trial import Bench
+from vramplan.planner.training import for_method, parse_options, settle
+from vramplan.planner.trial import Bench, command
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.sources import ModelReference
+    from vramplan.planner.stack import Stack
     from vramplan.planner.throughput import StepTime
     from vramplan.planner.training import TrainingOptions
     from vramplan.planner.trial import Trial
@@ -107,6 +108,7 @@ class Capacity:
     limits: tuple[Limit, ...]
     methods: tuple[tuple[str, Trial], ...]
     frontier: tuple[Cell, ...]
+    stack: Stack
     command: str
     warnings: tuple[str, ...]
 
@@ -121,7 +123,7 @@ class Capacity:
         """The answer as JSON; integers are bytes where a name says so."""
         return {
             "model": {"name": self.model.name, "source": self.model.source, "detail": self.model.detail},
-            "options": self.options.as_dict() | {"gpu": self.gpu.name},
+            "options": self.options.as_dict() | {"gpu": self.gpu.name, "stack": dict(self.stack.versions)},
             "fits": self.fits,
             "asked": self.asked.to_dict(),
             "over": list(self.over),
@@ -197,13 +199,10 @@ def fit(
         limits=tuple(found["limit"]),
         methods=tuple(found["method"]),
         frontier=tuple(found["cell"]),
-        command=" ".join(["vramplan", _typed(model, reference), flags(asked), "--gpu", card.name]),
+        stack=versions,
+        command=command(model if isinstance(model, str) else reference.name, asked, card.name, stack, calibration),
         warnings=(*warnings, *bench.notes),
     )
-
-
-def _typed(model: object, reference: ModelReference) -> str:
-    return str(model) if isinstance(model, str) else reference.name
 
 
 def _over(over: str | Sequence[str]) -> tuple[str, ...]:

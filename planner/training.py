@@ -201,8 +201,8 @@ def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
 def flags(options: Mapping[str, object]) -> str:
     """Options as they are typed, ready for a shell: "--rank 8 --no-padded"."""
     words: list[str] = []
-    for name, value in options.items():
-        option = OPTIONS[name]
+    for name, option in OPTIONS.items():
+        value = options.get(name)
         if value is None:
             continue
         if option.kind == "flag":

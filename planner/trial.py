@@ -6,6 +6,8 @@ twentieth of a replay's time (quick.py).
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,9 @@ from vramplan.planner.errors import UsageError
 from vramplan.planner.fit import judged, room_bytes
 from vramplan.planner.plan import _count, _learned, abilities
 from vramplan.planner.quick import peak_bytes
-from vramplan.planner.training import parse_options, settle
+from vramplan.planner.training import flags, parse_options, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.fit import Fit
     from vramplan.planner.layers import Architecture
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from vramplan.planner.stack import Stack
     from vramplan.planner.throughput import StepTime
     from vramplan.planner.training import TrainingOptions
+
+
+def command(
+    model: object,
+    asked: Mapping[str, object],
+    gpu: str,
+    stack: str | Mapping[str, object] | None = None,
+    calibration: bool = True,
+) -> str:
+    """The command that plans a run, ready for a shell; `model` as it was named."""
+    versions = ",".join(f"{name}={version}" for name, version in stack.items()) if isinstance(stack, Mapping) else stack
+    words = ["vramplan", shlex.quote(str(model)), flags(asked), "--gpu", shlex.quote(gpu)]
+    if versions:
+        words += ["--stack", shlex.quote(versions)]
+    return " ".join([*filter(None, words), *([] if calibration else ["--no-calibration"])])
 
 
 @dataclass(frozen=True, slots=True)
