@@ -18,7 +18,7 @@ from vramplan.planner.fit import largest
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import for_method, parse_options, settle
-from vramplan.planner.trial import Bench, command
+from vramplan.planner.trial import Bench, command, one_after_another
 
 if TYPE_CHECKING:
     import os
@@ -140,10 +140,6 @@ def _size_dict(size: Size | None) -> dict[str, Any] | None:
     return {"value": size.value, **size.trial.to_dict()} if size else None
 
 
-def _one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
-    return (search() for search in searches)
-
-
 def fit(
     model: str | os.PathLike[str] | Mapping[str, Any],
     *,
@@ -151,7 +147,7 @@ def fit(
     over: str | Sequence[str] = ("batch_size", "seq_len"),
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
-    each: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = _one_after_another,
+    each: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = one_after_another,
     **options: object,
 ) -> Capacity:
     """How large a run of `model` may grow on `gpu`; arguments as `plan`'s.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner import memory
@@ -20,14 +20,18 @@ from vramplan.planner.quick import peak_bytes
 from vramplan.planner.training import flags, parse_options, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.fit import Fit
     from vramplan.planner.layers import Architecture
     from vramplan.planner.memory import MemoryEstimate
     from vramplan.planner.run import Run
     from vramplan.planner.stack import Stack
-    from vramplan.planner.throughput import StepTime
+    from vramplan.planner.throughput import Range, StepTime
     from vramplan.planner.training import TrainingOptions
+
+    Events = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
 
 
 def command(
@@ -43,6 +47,11 @@ def command(
     if versions:
         words += ["--stack", shlex.quote(versions)]
     return " ".join([*filter(None, words), *([] if calibration else ["--no-calibration"])])
+
+
+def one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+    """The answers of `searches` in their order; a presenter's own shows how far they are."""
+    return (search() for search in searches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +88,25 @@ class Trial:
 
 
 class Bench:
-    """Tries options of a run of `architecture` on `gpu`; each is a mapping as `parse_options` takes it."""
+    """Tries options of a run of `architecture` on `gpu`; each is a mapping as `parse_options` takes it.
 
-    def __init__(self, architecture: Architecture, gpu: Gpu, stack: Stack, calibration: bool = True) -> None:
+    `shared` is for benches of several GPUs and equal options: where the same events were replayed on another, that is
+    the answer here.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        gpu: Gpu,
+        stack: Stack,
+        calibration: bool = True,
+        shared: dict[tuple[Events, bool, int | None], MemoryEstimate] | None = None,
+    ) -> None:
         self.architecture, self.gpu, self.stack = architecture, gpu, stack
         self.known, self.notes = _learned(gpu, stack) if calibration else (None, ())
         self.on = device(gpu, stack, self.known)
         self.room_bytes = room_bytes(gpu, self.on)
+        self._shared = shared
         self._possible: dict[TrainingOptions, bool] = {}
         self._replayed: dict[tuple[TrainingOptions, int | None], MemoryEstimate] = {}
 
@@ -127,11 +148,32 @@ class Bench:
 
         return throughput.time_of(throughput.work(self._run(options)), self.gpu, self.known)
 
+    def span(self, options: TrainingOptions) -> Range | None:
+        """The seconds alone."""
+        from vramplan.planner import throughput
+
+        return throughput.span_of(throughput.work(self._run(options)), self.gpu, self.known)
+
     def _run(self, options: TrainingOptions) -> Run:
         return memory.run_of(self.architecture, options, self.on, _count(self.architecture, options))
 
     def _replay(self, options: TrainingOptions, room: int | None = None) -> MemoryEstimate:
         if (options, room) not in self._replayed:
-            counts = _count(self.architecture, options)
-            self._replayed[options, room] = memory.estimate(self.architecture, options, self.on, counts, room)
+            self._replayed[options, room] = self._replay_now(options, room)
         return self._replayed[options, room]
+
+    def _replay_now(self, options: TrainingOptions, room: int | None) -> MemoryEstimate:
+        counts = _count(self.architecture, options)
+        if self._shared is None:
+            return memory.estimate(self.architecture, options, self.on, counts, room)
+        key = (_events(self._run(options)), options.expandable_segments, room)
+        if key not in self._shared:
+            self._shared[key] = memory.estimate(self.architecture, options, self.on, counts, room)
+        context, hidden = self.on.context_bytes, self.on.hidden_bytes
+        return replace(self._shared[key], context_bytes=context, hidden_bytes=hidden)
+
+
+def _events(run: Run) -> Events:
+    """All that the allocator is given: the events up to the second step, which later ones repeat, and the sizes."""
+    stretches = (*run.loading, *run.step(0), *run.step(1))
+    return tuple([tuple(stretch.events) for stretch in stretches]), tuple(run.program.sizes)
