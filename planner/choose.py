@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan import __version__
-from vramplan.planner import catalog, cost, prices, throughput
+from vramplan.planner import catalog, cost, prices
 from vramplan.planner.architecture import parse
-from vramplan.planner.errors import UsageError, unknown
+from vramplan.planner.errors import UsageError
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import for_method, parse_options, settle
@@ -136,7 +136,11 @@ class Choice:
             "fastest": place.get(self.fastest) if self.fastest else None,
             "closest": place.get(closest) if closest else None,
             "tried": [
-                {"method": each.method, "gpu": each.gpu.name, **{k: v for k, v in each.trial.to_dict().items() if k != "gpu"}}
+                {
+                    "method": each.method,
+                    "gpu": each.gpu.name,
+                    **{k: v for k, v in each.trial.to_dict().items() if k != "gpu"},
+                }
                 for each in self.tried
             ],
             "warnings": list(self.warnings),
@@ -229,8 +233,7 @@ def _of_gpus(found: Iterable[Offer], gpu: str | None) -> list[Offer]:
     let = {offer.gpu for offer in offers}
     for name in names:
         if name not in let:
-            near = unknown("GPU", name, sorted(let))
-            raise UsageError(f"no offer has {name}; {str(near).partition('; ')[2]} (--gpu, or --prices with a file of your own)")
+            raise UsageError(f"no offer has {name}; offers are known of {', '.join(sorted(let))} (--gpu, --prices)")
     return [offer for offer in offers if offer.gpu in names]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import Option
 
 _LARGEST_PROFILE = 2**20  # bytes; a profile is a few lines
+_PLANNED = (*OPTIONS, "model", "gpu", "stack", "calibration")  # what a plan takes, in a profile as in Python
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -181,6 +183,58 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     else:
         report_decide.print_fit(found)
     return 0 if found.fits else 1
+
+
+@cli.command(short_help="Show plans side by side.")
+@click.argument("plans", metavar="PLAN...", nargs=-1)
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: object) -> int:
+    """Show two plans or more side by side, and where they differ from the first.
+
+    A PLAN is a model, a TOML file of options, an answer saved with --json (a plan's or a trace's), or a command line
+    of its own in quotes. Options beside them are for all plans but the saved ones; a plan's own go first.
+
+    \b
+    Examples:
+      vramplan compare llama-3.1-8b qwen3-8b --method lora --gpu rtx-4090
+      vramplan compare "gpt2 --method full" "gpt2 --method lora --rank 8" --seq-len 512
+    """
+    shared = _asked(config, **options)
+    if "model" in shared:
+        raise UsageError(f"{shown(config)} names a model; leave it out, since each PLAN names its own")
+    from vramplan.planner import comparison, report, report_decide
+
+    if not 2 <= len(plans) <= len(comparison.LETTERS):
+        raise UsageError(f"compare takes 2 to {len(comparison.LETTERS)} plans, and here are {len(plans)} (PLAN)")
+    sides = [comparison.side(_answer(word, shared), word) for word in plans]
+    if as_json:
+        report.print_json(comparison.to_dict(sides))
+    else:
+        report_decide.print_comparison(sides)
+    return 0
+
+
+def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
+    """The answer that a PLAN of `compare` names: one that was saved, or a plan made now."""
+    from vramplan.planner import comparison
+    from vramplan.planner.plan import plan as make
+
+    if word.endswith(".json") and (found := comparison.saved(word)) is not None:
+        return found
+    own: dict[str, Any] = {"model": word}
+    if word.endswith(".toml"):
+        own = _question(word)
+    elif " " in word and not os.path.lexists(word):
+        words = shlex.split(word)
+        words = words[words[:1] == ["vramplan"] :]
+        params = plan.make_context("plan", words[words[:1] == ["plan"] :]).params
+        own = _question(params["config"], **{name: params[name] for name in params if name in _PLANNED})
+    return make(**shared | own).to_dict()
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
@@ -433,10 +487,9 @@ def _profile(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         wrong = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
         raise UsageError(f"{shown(file)} is no TOML: {wrong} (--config)") from None
-    known = [*OPTIONS, "model", "gpu", "stack", "calibration"]
     for name in profile:
-        if name not in known:
-            raise unknown(f"option in {shown(file)}:", name, known, "--config")
+        if name not in _PLANNED:
+            raise unknown(f"option in {shown(file)}:", name, _PLANNED, "--config")
     return profile
 
 

@@ -1,17 +1,21 @@
-"""What `vramplan fit` prints."""
+"""What `vramplan fit`, `vramplan choose` and `vramplan compare` print."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from vramplan.planner import comparison
+from vramplan.planner.errors import UsageError
 from vramplan.planner.report import Block, Row, recipe, show, verdict
-from vramplan.planner.units import format_count, format_gib
+from vramplan.planner.training import OPTIONS, parse_options
+from vramplan.planner.units import GIB, format_count, format_gib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vramplan.planner.capacity import Capacity, Cell, Limit, Size
+    from vramplan.planner.comparison import Side
     from vramplan.planner.trial import Trial
 
 # ---------------------------------------------------------------------------------------------------------------- fit
@@ -127,3 +131,124 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
         )
     yield from found.warnings
     yield f"each answer is the plan's: {found.command}"
+
+
+# ------------------------------------------------------------------------------------------------------------ compare
+
+_PEAKS = {
+    "peak_allocated_bytes": "= peak allocated",
+    "peak_reserved_bytes": "= peak reserved",
+    "device_bytes": "= device total",
+}
+_DELTAS = 3  # up to so many plans each has a column of its difference to the first
+
+
+def print_comparison(sides: Sequence[Side]) -> None:
+    """The sides beside each other."""
+    show(comparison_page(sides))
+
+
+def comparison_page(sides: Sequence[Side]) -> list[Block]:
+    """The same as blocks: who is who, the options that differ, and row by row the figures."""
+    letters = comparison.LETTERS[: len(sides)]
+    who = [Row((letter, _described(side))) for letter, side in zip(letters, sides, strict=True)]
+    for letter, side in zip(letters, sides, strict=True):
+        if side.gpu:
+            (words,), style = verdict(side.gpu)
+            who.append(Row((letter, words), style))
+    parameters = [("base model", "total"), ("trainable", "trainable"), ("adapter file, B", "adapter_bytes")]
+    counted = [(name, [side.counts[key] for side in sides]) for name, key in parameters]
+    page = [Block("", "<<", who), _options(sides, letters), _figures("Parameters", counted, _whole, letters, few=False)]
+    page.append(_peaks(sides, letters))
+    run = [
+        ("a step, seconds", [side.time.get("step_s") for side in sides]),
+        ("tokens a second", [side.time.get("tokens_per_s") for side in sides]),
+        ("cheapest offer, $", [side.cost.get("usd") for side in sides]),
+        ("hours there", [side.cost.get("hours") for side in sides]),
+    ]
+    if any(value is not None for _, values in run for value in values):
+        page.append(_figures("Time and cost", run, _short, letters, few=len(sides) <= _DELTAS))
+    return page
+
+
+def _described(side: Side) -> str:
+    options = {name: value for name, value in side.options.items() if name in OPTIONS}
+    try:
+        words = recipe(side.model, parse_options(options))
+    except UsageError:  # a saved answer of another version may have options that this one does not know
+        words = side.model
+    return f"{side.label}: {words}" if side.label.endswith((".json", ".toml")) else words
+
+
+def _options(sides: Sequence[Side], letters: str) -> Block:
+    differing = comparison.differing(sides)
+    if not differing:
+        return Block("Options", "<", [Row(("no option differs",))])
+    rows = [Row(("", *letters), "dim")]
+    rows += [Row((name, *map(_option, values))) for name, values in differing.items()]
+    return Block("Options that differ", "<" * (1 + len(sides)), rows)
+
+
+def _option(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _peaks(sides: Sequence[Side], letters: str) -> Block:
+    """The parts at each side's peak, those that print as nothing put together; differences are of what is printed."""
+    digits = 2 if max(side.peaks["device_bytes"] for side in sides) >= GIB else 4
+    unit = GIB / 10**digits
+    parts = comparison.components(sides)
+    small = [name for name, sizes in parts.items() if max(sizes) < unit / 2]
+    table = {name: sizes for name, sizes in parts.items() if name not in small}
+    if small:
+        table["smaller parts"] = [sum(parts[name][i] for name in small) for i in range(len(sides))]
+    table |= {name: [side.peaks[key] for side in sides] for key, name in _PEAKS.items()}
+    shown = [(name, [round(size / unit) for size in sizes]) for name, sizes in table.items()]
+    few = len(sides) <= _DELTAS
+    made = _figures("Memory at the peak, GiB", shown, lambda n: f"{n / 10**digits:,.{digits}f}", letters, few=few)
+    return made._replace(rows=[row._replace(style="bold" * (row.cells[0] in _PEAKS.values())) for row in made.rows])
+
+
+def _figures(
+    heading: str,
+    table: Iterable[tuple[str, Sequence[float | None]]],
+    words: Callable[[float], str],
+    letters: str,
+    *,
+    few: bool,
+) -> Block:
+    """Each figure of every side: with `few` its difference to the first beside it, else "=" where it is the same."""
+    head = [letters[0]]
+    for letter in letters[1:]:
+        head += [letter, f"{letter} - A"] if few else [letter]
+    rows = [Row(("", *head), "dim")]
+    for name, (base, *others) in table:
+        if base is not None or any(value is not None for value in others):
+            beside = [cell for value in others for cell in _beside(value, base, words, few)]
+            rows.append(Row((name, _cell(base, words), *beside)))
+    return Block(heading, "<" + ">" * len(head), rows)
+
+
+def _cell(value: float | None, words: Callable[[float], str]) -> str:
+    return "-" if value is None else words(value)
+
+
+def _beside(value: float | None, base: float | None, words: Callable[[float], str], few: bool) -> list[str]:
+    if not few:
+        return ["=" if value == base else _cell(value, words)]
+    if value is None or base is None:
+        return [_cell(value, words), ""]
+    apart = value - base
+    return [words(value), f"{'-' if apart < 0 else '+'}{words(abs(apart))}" if apart else "same"]
+
+
+def _whole(value: float) -> str:
+    return format_count(round(value))
+
+
+def _short(value: float) -> str:
+    return format_count(round(value)) if value >= 100 else f"{value:.2f}"
