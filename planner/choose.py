@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan import __version__
-from vramplan.planner import catalog, cost, prices
+from vramplan.planner import catalog, cost
+from vramplan.planner import prices as offering
 from vramplan.planner.architecture import parse
 from vramplan.planner.errors import UsageError
 from vramplan.planner.sources import resolve_model
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vramplan.planner.trial import Trial
 
 METHODS = ("qlora", "lora", "full")
+_SHOWN = 12  # ways of a shortlist
 
 
 class Tried(NamedTuple):
@@ -105,6 +107,17 @@ class Choice:
         """The way that misses budget and deadline by the least factor, where none is within."""
         return min(self.ways, key=lambda way: self._overrun(way.cost.usd, way.cost.hours), default=None)
 
+    @property
+    def shortlist(self) -> tuple[Way, ...]:
+        """A table's worth of ways: the cheapest that nothing beats, with each method's cheapest and fastest.
+
+        Where none is within, the closest, the cheapest and the fastest of all.
+        """
+        if self.within:
+            return _shortlist(self.within)
+        ends = [self.closest, *self.ways[:1], min(self.ways, key=lambda way: way.cost.hours, default=None)]
+        return tuple(way for way in self.ways if any(way is end for end in ends))
+
     def certain(self, way: Way) -> bool:
         """Whether a way is within at the slow end of its time, too."""
         return self._overrun(way.slow_usd, way.cost.hours_high) <= 1
@@ -149,15 +162,26 @@ class Choice:
 
 
 def unbeaten(ways: Iterable[Way]) -> tuple[Way, ...]:
-    """Those of each method that no other beats: by price and time at once, with as firm an offer.
+    """Of ways, the cheapest first, those that no other of the same method beats in price and time at once.
 
-    On demand is firmer than spot, one session than several, and fitting with the whole cache than only just.
+    A way beats only what is no firmer: on demand is firmer than spot, one session than several, and fitting with the
+    whole cache than only just.
     """
     best: list[Way] = []
-    for way in ways:  # the cheapest first, so an earlier one is never beaten by a later one in price
+    for way in ways:  # none is beaten by one that comes later and costs more
         if not any(_beats(other, way) for other in best):
             best.append(way)
     return tuple(best)
+
+
+def _shortlist(ways: Iterable[Way]) -> tuple[Way, ...]:
+    best = unbeaten(ways)
+    kept: set[int] = set()
+    for method in dict.fromkeys(way.tried.method for way in best):
+        own = [i for i, way in enumerate(best) if way.tried.method == method]
+        kept |= {own[0], min(own, key=lambda i: best[i].cost.hours)}
+    rest = [i for i in range(len(best)) if i not in kept]
+    return tuple(best[i] for i in sorted([*kept, *rest[: max(0, _SHOWN - len(kept))]]))
 
 
 def _beats(one: Way, other: Way) -> bool:
@@ -177,7 +201,7 @@ def choose(
     deadline: str | None = None,
     gpu: str | None = None,
     offers: Sequence[str] = (),
-    prices_file: str | os.PathLike[str] | None = None,
+    prices: str | os.PathLike[str] | None = None,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
     each: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = one_after_another,
@@ -193,8 +217,8 @@ def choose(
     deadline_s = None if deadline is None else parse_duration(deadline, "--deadline")
     asked = {name: value for name, value in options.items() if value is not None}
     run = parse_options(asked)
-    known, doubts = prices.offers(prices_file)
-    found = _of_gpus(prices.matching(known, offers) if offers else known, gpu)
+    known, doubts = offering.offers(prices)
+    found = _of_gpus(offering.matching(known, offers) if offers else known, gpu)
     versions = parse_stack(stack)
     reference = resolve_model(model)
     architecture = parse(reference.config)
@@ -211,7 +235,7 @@ def choose(
     tried = tuple(each(trials))
     ways = [way for one in tried for way in _ways(one, found)]
     ways.sort(key=lambda way: (way.cost.usd, way.cost.hours, way.cost.offer.provider))
-    stale = prices.stale([way.cost.offer for way in ways])
+    stale = offering.stale([way.cost.offer for way in ways])
     return Choice(
         model=reference,
         options=run,

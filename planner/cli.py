@@ -185,6 +185,50 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     return 0 if found.fits else 1
 
 
+@cli.command(short_help="Find the cheapest and the fastest way to train.")
+@click.argument("model", required=False)
+@click.option("--budget", metavar="DOLLARS", help="The most that the run may cost, such as 50usd.")
+@click.option("--deadline", metavar="TIME", help="The longest that it may take, such as 8h, 90min or 2d.")
+@click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
+@click.option("--offers", metavar="WORDS", help="Only offers that these words find, as in `vramplan prices`.")
+@click.option("--prices", metavar="FILE", help="x")
+@_training_options
+@_stack
+@_calibration
+@_config
+@click.option("--all", "everything", is_flag=True, help="Show every way, not only those that no other beats.")
+@click.option("--json", "as_json", is_flag=True, help="Print every way as JSON.")
+def choose(
+    model: str | None, config: str | None, offers: str | None, everything: bool, as_json: bool, **options: object
+) -> int:
+    """Find the cheapest and the fastest way to train MODEL: the method, the GPU, and who lets it.
+
+    Every method (or the one named) is planned on every GPU that has an offer, and priced where it fits. The other
+    options stay as they are on every GPU. Within a budget and a deadline are ways whose middle estimate is.
+
+    \b
+    Examples:
+      vramplan choose llama-3.1-8b --budget 50usd --deadline 8h
+      vramplan choose qwen3-4b --method lora --gpu rtx-4090,a100-80gb --offers "on demand" --examples 20000
+      vramplan choose llama-3.2-1b --deadline 90min --prices my-prices.csv --json
+
+    Exit codes: 0 there is a way; 1 there is none within budget and deadline; 2 the question was wrong.
+    """
+    asked = _question(config, model=model, **options)
+    from vramplan.planner import choose as choosing
+    from vramplan.planner import report, report_decide
+
+    def each(trials: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (trial() for trial in report.tracked(trials, len(trials), "planning"))
+
+    found = choosing.choose(asked.pop("model"), offers=(offers or "").split(), each=each, **asked)
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report_decide.print_choice(found, everything=everything)
+    return 0 if found.within else 1
+
+
 @cli.command(short_help="Show plans side by side.")
 @click.argument("plans", metavar="PLAN...", nargs=-1)
 @_training_options
@@ -230,7 +274,10 @@ def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
     if word.endswith(".toml"):
         own = _question(word)
     elif " " in word and not os.path.lexists(word):
-        words = shlex.split(word)
+        try:
+            words = shlex.split(word)
+        except ValueError:  # a quote that does not end
+            raise UsageError(f"{shown(word)} is no command line; close its quotes (PLAN)") from None
         words = words[words[:1] == ["vramplan"] :]
         params = plan.make_context("plan", words[words[:1] == ["plan"] :]).params
         own = _question(params["config"], **{name: params[name] for name in params if name in _PLANNED})

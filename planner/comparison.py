@@ -28,8 +28,8 @@ _WHAT = "an answer of vramplan, saved with --json"
 class Side:
     """What is compared of one answer. `label` is how it was named; sizes are bytes, None is what is not known.
 
-    `gpu` is its entry of the contract's "gpu"; `cost` the cheapest offer: usd, hours, provider and gpu. Of time and cost
-    what is not known is left out.
+    `gpu` is its entry of the contract's "gpu"; `cost` the cheapest offer: usd, hours, provider and gpu. Of time and
+    cost what is not known is left out.
     """
 
     label: str

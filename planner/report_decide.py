@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vramplan.planner.capacity import Capacity, Cell, Limit, Size
+    from vramplan.planner.choose import Choice, Tried, Way
     from vramplan.planner.comparison import Side
     from vramplan.planner.trial import Trial
 
@@ -131,6 +132,121 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
         )
     yield from found.warnings
     yield f"each answer is the plan's: {found.command}"
+
+
+# ------------------------------------------------------------------------------------------------------------- choose
+
+
+def print_choice(found: Choice, *, everything: bool = False) -> None:
+    """The cheapest and the fastest way, those between them, and their commands; with `everything` all ways."""
+    show(choice_page(found, everything=everything))
+
+
+def choice_page(found: Choice, *, everything: bool = False) -> list[Block]:
+    """The same as blocks."""
+    page = [Block("", "<<", list(_choice_head(found)))]
+    ways = found.within or found.ways if everything else found.shortlist
+    if ways:
+        rows = [Row(("$", "hours", "", "method", "GPU", "offer"), "dim"), *(_way(way, found) for way in ways)]
+        heading = f"Ways within {_limits(found)}" if found.within and _limits(found) else "Ways"
+        page.append(Block(f"{heading}, the cheapest first", ">>><<<", rows))
+        page.append(Block("Commands", "<", [Row((line,)) for line in dict.fromkeys(way.tried.command for way in ways)]))
+    if notes := list(_choice_notes(found, ways)):
+        page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
+    return page
+
+
+def _choice_head(found: Choice) -> Iterator[Row]:
+    methods = dict.fromkeys(each.method for each in found.tried)
+    cards = {each.gpu.name for each in found.tried}
+    on = f"{len(cards)} GPUs" if len(cards) > 1 else " ".join(cards)
+    yield Row(("", f"{found.model.name} by {', '.join(methods)} on {on} let by the hour"), "bold")
+    yield Row(("", whole_run(found.options)))
+    limits = _limits(found)
+    if found.cheapest and found.fastest:
+        if limits:
+            yield Row(("", f"{len(found.within)} of {len(found.ways)} ways are within {limits}"), "green")
+        yield Row(("cheapest", _in_words(found.cheapest)))
+        yield Row(("fastest", _in_words(found.fastest)))
+    elif found.closest:
+        yield Row(("", f"none of {len(found.ways)} ways is within {limits}"), "bold red")
+        yield Row(("closest", _in_words(found.closest)))
+    else:
+        yield Row(("", "no GPU with an offer holds it"), "bold red")
+
+
+def _limits(found: Choice) -> str:
+    budget = [] if found.budget_usd is None else [f"${found.budget_usd:,.2f}"]
+    deadline = [] if found.deadline_s is None else [f"{hours(found.deadline_s / 3600)} h"]
+    return " and ".join([*budget, *deadline])
+
+
+def _in_words(way: Way) -> str:
+    made = way.cost
+    kwh = "" if made.kwh is None else f", {made.kwh:.1f} kWh"
+    span = f"{hours(made.hours)} h ({hours(made.hours_low)} to {hours(made.hours_high)})"
+    return f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"
+
+
+def _way(way: Way, found: Choice) -> Row:
+    made = way.cost
+    words = [offered(made)]
+    if not way.tried.trial.roomy:
+        words.append("only just")
+    if way in found.within and not found.certain(way):
+        words.append("beyond if slow")
+    ends = {"the cheapest": found.cheapest, "the fastest": found.fastest}
+    words += [word for word, end in (ends if found.within else {"the closest": found.closest}).items() if way is end]
+    span = f"{hours(made.hours_low)}-{hours(made.hours_high)}"
+    cells = (f"{made.usd:,.2f}", hours(made.hours), span, way.tried.method, made.offer.gpu, ", ".join(words))
+    return Row(cells, "" if found.certain(way) else "yellow")
+
+
+def _choice_notes(found: Choice, ways: Sequence[Way]) -> Iterator[str]:
+    hidden = len(found.within or found.ways) - len(ways)
+    if hidden:
+        yield (
+            f"{hidden} more are left out, most because another of the same method is as cheap, as fast and as firm; "
+            "--all shows them"
+        )
+    for method, group in groupby(found.tried, key=lambda each: each.method):
+        tries = list(group)
+        if not any(each.trial.survives for each in tries):
+            yield f"{method}: {_nowhere(tries)}"
+    for lacking, cards in _grouped(
+        (" and ".join(t.trial.fit.lacks) if t.trial.fit else "", t.gpu.name) for t in found.tried
+    ):
+        yield f"left out, since they lack {lacking}: {cards}"
+    halves = (("fp16" if _in_fp16(way, found) else "", way.cost.offer.gpu) for way in ways)
+    for _, cards in _grouped(halves):
+        yield f"without bf16, and so planned in fp16: {cards}"
+    if any(not way.tried.trial.roomy for way in ways):
+        yield "what fits only just survives because PyTorch gives its cache back, which costs time that is not counted"
+    yield "hours and dollars are those of training alone, with the options as asked on every GPU"
+    yield from found.warnings
+
+
+def _nowhere(tries: Sequence[Tried]) -> str:
+    """Why a method fits no GPU."""
+    fits = [(each.trial.fit.headroom_bytes, each.gpu.name) for each in tries if each.trial.fit]
+    if not fits:
+        return tries[0].trial.refused
+    room, name = max(fits)
+    return f"no GPU with an offer holds it; {name} comes closest, {format_gib(-room)} too small"
+
+
+def _in_fp16(way: Way, found: Choice) -> bool:
+    options = way.tried.trial.options
+    return options is not None and options.mixed_precision == "fp16" != found.options.mixed_precision
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """For each first word that is not empty its second words, each once, in one text."""
+    groups: dict[str, dict[str, None]] = {}
+    for first, second in pairs:
+        if first:
+            groups.setdefault(first, {})[second] = None
+    return [(first, ", ".join(seconds)) for first, seconds in groups.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------ compare
