@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import Option
 
 _LARGEST_PROFILE = 2**20  # bytes; a profile is a few lines
-_PLANNED = (*OPTIONS, "model", "gpu", "stack", "calibration")  # what a plan takes, in a profile as in Python
+_PLANNED = (*OPTIONS, "model", "gpu", "stack", "calibration", "prices")  # what a plan takes, in a profile as in Python
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -89,6 +89,7 @@ _calibration = click.option(
     default=None,
     help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
 )
+_prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
@@ -98,6 +99,7 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @_gpu
 @_stack
 @_calibration
+@_prices
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -191,7 +193,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
 @click.option("--deadline", metavar="TIME", help="The longest that it may take, such as 8h, 90min or 2d.")
 @click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
 @click.option("--offers", metavar="WORDS", help="Only offers that these words find, as in `vramplan prices`.")
-@click.option("--prices", metavar="FILE", help="x")
+@_prices
 @_training_options
 @_stack
 @_calibration
@@ -390,7 +392,7 @@ def probe(
     Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
     """
     asked = _asked(config, model=model, **options)
-    for name in ("gpu", "stack", "calibration"):
+    for name in ("gpu", "stack", "calibration", "prices"):
         if name in asked:
             raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
     model = asked.pop("model", None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
 from vramplan.planner.errors import UsageError
-from vramplan.planner.report import Block, Row, recipe, show, verdict
+from vramplan.planner.report import Block, Row, hours, offered, recipe, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
 from vramplan.planner.units import GIB, format_count, format_gib
 
