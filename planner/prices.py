@@ -113,7 +113,7 @@ def cached() -> Path:
 
 def stale(found: Iterable[Offer], today: datetime.date | None = None) -> str | None:
     """A warning where some of these prices are older than 60 days."""
-    today = today or datetime.date.today()
+    today = today or _today()
     dates = [(offer.age_days(today), offer.date) for offer in found]
     old = [each for each in dates if each[0] > STALE_DAYS]
     if not old:
@@ -122,6 +122,10 @@ def stale(found: Iterable[Offer], today: datetime.date | None = None) -> str | N
     many = f"{len(old)} of {len(dates)} prices are more than {STALE_DAYS} days old, the oldest of {oldest}"
     one = f"the price is more than {STALE_DAYS} days old, of {oldest}"
     return f"{many if len(dates) > 1 else one}; `vramplan prices refresh` fetches newer ones"
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def matching(found: Iterable[Offer], words: Iterable[str]) -> list[Offer]:
