@@ -16,7 +16,6 @@ import datetime
 import io
 import os
 import re
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.planner import catalog
-from vramplan.planner.calibration import FOLDER
 from vramplan.planner.errors import Failure, UsageError, shown, unknown
 from vramplan.planner.files import read_text, write_text
 
@@ -36,6 +34,7 @@ STALE_DAYS = 60
 _TABLE = Path(__file__).parent.parent / "tables" / "prices.csv"
 _LARGEST = 4 * 2**20  # bytes of a file of prices; the bundled one has some 20,000
 _OPTION = "--prices"
+_FOLDER = "VRAMPLAN_DATA_DIR"  # the same as of calibrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def bundled() -> tuple[Offer, ...]:
 
 def cached() -> Path:
     """Where `refresh` keeps what it fetched; it need not exist."""
-    if named := os.environ.get(FOLDER):
+    if named := os.environ.get(_FOLDER):
         return Path(named) / "prices.csv"
     import platformdirs
 
@@ -297,6 +296,7 @@ def refresh(within_s: float = 120.0) -> Refreshed:
     except ImportError:
         raise Failure("gpuhunt is not installed; pip install 'vramplan[prices]' brings it") from None
     import logging
+    import socket  # with logging a tenth of a plan's time, and only this command asks anybody
 
     logger = logging.getLogger("gpuhunt")  # what went wrong is told by `silent`, not by its tracebacks
     logger.propagate = False
