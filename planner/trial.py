@@ -121,13 +121,20 @@ class Bench:
         except UsageError:
             return False
 
+    def spare_bytes(self, asked: Mapping[str, object]) -> int:
+        """What a run leaves of the room with its whole cache; below 0 what is too much, or no such run."""
+        try:
+            return self.room_bytes - self._replay(self.options(asked)).peak_reserved_bytes
+        except UsageError:
+            return -self.room_bytes
+
     def roomy(self, asked: Mapping[str, object]) -> bool:
         """Whether the run fits with its whole cache."""
-        return self.possible(asked) and self._replay(self.options(asked)).peak_reserved_bytes <= self.room_bytes
+        return self.possible(asked) and self.spare_bytes(asked) >= 0
 
     def survives(self, asked: Mapping[str, object]) -> bool:
         """Whether it fits, be it only just."""
-        return self.roomy(asked) or (self.possible(asked) and self.trial(asked).survives)
+        return self.possible(asked) and not self._replay(self.options(asked), self.room_bytes).out_of_memory
 
     def trial(self, asked: Mapping[str, object], closely: bool = True) -> Trial:
         """The whole verdict on a run, and where it fails how.
