@@ -94,13 +94,17 @@ class Choice:
 
     @property
     def cheapest(self) -> Way | None:
-        """Of those within."""
-        return next(iter(self.within), None)
+        """Of those within, of such as fit with their whole cache where there are any."""
+        return next(iter(self._comfortable), None)
 
     @property
     def fastest(self) -> Way | None:
-        """Of those within; of equally fast ones the cheapest."""
-        return min(self.within, key=lambda way: (way.cost.hours, way.cost.usd), default=None)
+        """The same; of equally fast ones the cheapest."""
+        return min(self._comfortable, key=lambda way: (way.cost.hours, way.cost.usd), default=None)
+
+    @property
+    def _comfortable(self) -> tuple[Way, ...]:
+        return tuple(way for way in self.within if way.tried.trial.roomy) or self.within
 
     @property
     def closest(self) -> Way | None:
@@ -266,7 +270,7 @@ def _try(
     asked: Mapping[str, object], typed: str,
 ) -> Tried:  # fmt: skip
     bench = Bench(architecture, card, versions, calibration, shared)
-    trial = bench.trial(asked)
+    trial = bench.trial(asked, closely=False)
     usable = trial.options is not None and trial.survives and trial.fit is not None and not trial.fit.lacks
     step_s = bench.span(trial.options) if usable and trial.options else None
     return Tried(str(asked["method"]), card, trial, step_s, typed)

@@ -9,6 +9,7 @@ import gc
 import os
 import shlex
 import sys
+from functools import partial
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,13 @@ def cli() -> None:
     """
 
 
-def _training_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Adds every training option. Values stay as typed: training.parse_options judges them."""
+def _training_options(command: Callable[..., int], **defaults: str) -> Callable[..., int]:
+    """Adds every training option, with `defaults` of the command's own in its help.
+
+    Values stay as typed: training.parse_options judges them.
+    """
     for option in reversed(OPTIONS.values()):
-        command = _click_option(option)(command)
+        command = _click_option(option._replace(default=defaults.get(option.name, option.default)))(command)
     return command
 
 
@@ -194,7 +198,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
 @click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
 @click.option("--offers", metavar="WORDS", help="Only offers that these words find, as in `vramplan prices`.")
 @_prices
-@_training_options
+@partial(_training_options, method="all of them")
 @_stack
 @_calibration
 @_config
@@ -205,14 +209,14 @@ def choose(
 ) -> int:
     """Find the cheapest and the fastest way to train MODEL: the method, the GPU, and who lets it.
 
-    Every method (or the one named) is planned on every GPU that has an offer, and priced where it fits. The other
-    options stay as they are on every GPU. Within a budget and a deadline are ways whose middle estimate is.
+    Every method, or the one named, is planned on every GPU that has an offer, and priced where it fits; the other
+    options are the same on every GPU. What is within a budget and a deadline goes by the middle of the hours' range.
 
     \b
     Examples:
       vramplan choose llama-3.1-8b --budget 50usd --deadline 8h
-      vramplan choose qwen3-4b --method lora --gpu rtx-4090,a100-80gb --offers "on demand" --examples 20000
-      vramplan choose llama-3.2-1b --deadline 90min --prices my-prices.csv --json
+      vramplan choose qwen3-4b --method lora --gpu rtx-4090,l4 --examples 20000
+      vramplan choose gpt2 --seq-len 512 --deadline 90min --offers "on demand"
 
     Exit codes: 0 there is a way; 1 there is none within budget and deadline; 2 the question was wrong.
     """
@@ -248,7 +252,7 @@ def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: 
     \b
     Examples:
       vramplan compare llama-3.1-8b qwen3-8b --method lora --gpu rtx-4090
-      vramplan compare "gpt2 --method full" "gpt2 --method lora --rank 8" --seq-len 512
+      vramplan compare "gpt2 --method full" "gpt2 --rank 8" --seq-len 512
     """
     shared = _asked(config, **options)
     if "model" in shared:

@@ -144,7 +144,10 @@ def print_choice(found: Choice, *, everything: bool = False) -> None:
 
 def choice_page(found: Choice, *, everything: bool = False) -> list[Block]:
     """The same as blocks."""
-    page = [Block("", "<<", list(_choice_head(found)))]
+    page = [Block("", "<", list(_choice_head(found)))]
+    ends = {"cheapest": found.cheapest, "fastest": found.fastest} if found.within else {"closest": found.closest}
+    if any(ends.values()):
+        page.append(Block("", "<<", [Row((name, _in_words(way))) for name, way in ends.items() if way]))
     ways = found.within or found.ways if everything else found.shortlist
     if ways:
         rows = [Row(("$", "hours", "", "method", "GPU", "offer"), "dim"), *(_way(way, found) for way in ways)]
@@ -160,25 +163,26 @@ def _choice_head(found: Choice) -> Iterator[Row]:
     methods = dict.fromkeys(each.method for each in found.tried)
     cards = {each.gpu.name for each in found.tried}
     on = f"{len(cards)} GPUs" if len(cards) > 1 else " ".join(cards)
-    yield Row(("", f"{found.model.name} by {', '.join(methods)} on {on} let by the hour"), "bold")
-    yield Row(("", whole_run(found.options)))
+    yield Row((f"{found.model.name} by {', '.join(methods)} on {on} let by the hour",), "bold")
+    yield Row((whole_run(found.options),))
     limits = _limits(found)
-    if found.cheapest and found.fastest:
-        if limits:
-            yield Row(("", f"{len(found.within)} of {len(found.ways)} ways are within {limits}"), "green")
-        yield Row(("cheapest", _in_words(found.cheapest)))
-        yield Row(("fastest", _in_words(found.fastest)))
-    elif found.closest:
-        yield Row(("", f"none of {len(found.ways)} ways is within {limits}"), "bold red")
-        yield Row(("closest", _in_words(found.closest)))
-    else:
-        yield Row(("", "no GPU with an offer holds it"), "bold red")
+    if not found.ways:
+        yield Row(("no GPU with an offer holds it",), "bold red")
+    elif not found.within:
+        yield Row((f"none of {len(found.ways)} ways is within {limits}",), "bold red")
+    elif limits:
+        yield Row((f"{len(found.within)} of {len(found.ways)} ways are within {limits}",), "green")
 
 
 def _limits(found: Choice) -> str:
-    budget = [] if found.budget_usd is None else [f"${found.budget_usd:,.2f}"]
-    deadline = [] if found.deadline_s is None else [f"{hours(found.deadline_s / 3600)} h"]
-    return " and ".join([*budget, *deadline])
+    words = []
+    if found.budget_usd is not None:
+        words.append(f"${found.budget_usd:,.2f}".removesuffix(".00"))
+    if found.deadline_s is not None:
+        words.append(
+            f"{found.deadline_s / 3600:.4g} h" if found.deadline_s >= 3600 else f"{found.deadline_s / 60:.4g} min"
+        )
+    return " and ".join(words)
 
 
 def _in_words(way: Way) -> str:
@@ -213,10 +217,9 @@ def _choice_notes(found: Choice, ways: Sequence[Way]) -> Iterator[str]:
         tries = list(group)
         if not any(each.trial.survives for each in tries):
             yield f"{method}: {_nowhere(tries)}"
-    for lacking, cards in _grouped(
-        (" and ".join(t.trial.fit.lacks) if t.trial.fit else "", t.gpu.name) for t in found.tried
-    ):
-        yield f"left out, since they lack {lacking}: {cards}"
+    lacking = ((" and ".join(each.trial.fit.lacks) if each.trial.fit else "", each.gpu.name) for each in found.tried)
+    for ability, cards in _grouped(lacking):
+        yield f"left out, since they lack {ability}: {cards}"
     halves = (("fp16" if _in_fp16(way, found) else "", way.cost.offer.gpu) for way in ways)
     for _, cards in _grouped(halves):
         yield f"without bf16, and so planned in fp16: {cards}"
@@ -232,7 +235,7 @@ def _nowhere(tries: Sequence[Tried]) -> str:
     if not fits:
         return tries[0].trial.refused
     room, name = max(fits)
-    return f"no GPU with an offer holds it; {name} comes closest, {format_gib(-room)} too small"
+    return f"no GPU with an offer holds it; {name} comes closest, at least {format_gib(-room)} too small"
 
 
 def _in_fp16(way: Way, found: Choice) -> bool:

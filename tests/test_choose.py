@@ -27,6 +27,7 @@ dear,rtx-4090,1,0.80,no,,2026-11-20
 far,h100,1,3.00,no,,2026-11-20
 far,h100,8,24.00,no,,2026-11-20
 """
+ASKED: dict[str, Any] = {"batch_size": 8, "examples": 200_000}  # so much that the GPU counts, and not the host
 MODEL = TINY | {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 
 
@@ -39,7 +40,7 @@ def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def every(prices: Path) -> Choice:
-    return choose(MODEL, prices=prices, examples=200_000)
+    return choose(MODEL, prices=prices, **ASKED)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def named(way: Way | None) -> tuple[str, str, str, str]:
 
 
 def alone(prices: Path, **asked: Any) -> Choice:
-    return choose(MODEL, prices=prices, method="lora", examples=200_000, **asked)
+    return choose(MODEL, prices=prices, method="lora", **ASKED, **asked)
 
 
 # ------------------------------------------------------------------------------------ all of them, ranked
@@ -90,13 +91,13 @@ def test_each_way_is_the_plans_own(every: Choice, prices: Path) -> None:
     for way in (every.cheapest, every.fastest):
         assert way
         method, gpu, _, _ = named(way)
-        made = plan(MODEL, method=method, gpu=gpu, examples=200_000)
+        made = plan(MODEL, method=method, gpu=gpu, **ASKED)
         assert made.fit == way.tried.trial.fit
         assert made.time
         assert way.cost.hours == pytest.approx(cost.work(made.options).steps * made.time.step_s / 3600)
         assert way.cost.hours_low <= way.cost.hours <= way.cost.hours_high
         assert way.cost.usd == pytest.approx(way.cost.hours * way.cost.offer.usd_per_hour)
-        assert way.tried.command == f"vramplan llama --method {method} --examples 200000 --gpu {gpu}"
+        assert way.tried.command == f"vramplan llama --method {method} --batch-size 8 --examples 200000 --gpu {gpu}"
 
 
 def test_cards_without_bf16_are_planned_in_fp16(every: Choice) -> None:
@@ -113,17 +114,18 @@ def test_the_same_events_are_replayed_once(prices: Path, monkeypatch: pytest.Mon
 
     estimate, played = memory.estimate, []
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **more: Any) -> Any:
         played.append(args)
-        return estimate(*args)
+        return estimate(*args, **more)
 
     monkeypatch.setattr(memory, "estimate", counted)
-    rows = "".join(f"here,{gpu},1,1,no,,2026-11-20\n" for gpu in ("h100", "h200", "gh200", "rtx-4090", "rtx-3090"))
+    rows = "".join(f"here,{gpu},1,1,no,,2026-11-20\n" for gpu in ("h100", "h200", "gh200", "rtx-4090"))
     file = prices.with_name("alike.csv")
     file.write_text(HEAD + rows)
     found = choose(MODEL, prices=file, method="lora")
-    assert len(found.tried) == 5
-    assert len(played) == 2  # with cuDNN's attention and large workspaces, and without
+    assert len(found.tried) == 4
+    answered = len(played)
+    assert answered == 2  # with cuDNN's attention and large workspaces, and without
     for each in found.tried:
         assert each.trial.fit == plan(MODEL, method="lora", gpu=each.gpu).fit
 
@@ -162,7 +164,7 @@ def test_a_shortlist_has_each_methods_cheapest_and_fastest(every: Choice) -> Non
 def test_budget_and_deadline_are_kept(every: Choice, prices: Path) -> None:
     by_usd, by_hours = sorted(way.cost.usd for way in every.ways), sorted(way.cost.hours for way in every.ways)
     budget, deadline = by_usd[9], by_hours[9]
-    found = choose(MODEL, prices=prices, examples=200_000, budget=f"{budget:.6f}", deadline=f"{deadline * 3600:.0f}s")
+    found = choose(MODEL, prices=prices, **ASKED, budget=f"{budget:.6f}", deadline=f"{deadline * 3600:.0f}s")
     assert 0 < len(found.within) < len(every.ways)
     for way in found.ways:
         inside = way.cost.usd <= found.budget_usd and 3600 * way.cost.hours <= found.deadline_s  # type: ignore[operator]
@@ -309,6 +311,6 @@ def test_the_command_line(run: Any) -> None:
     assert again["gpu"]["headroom_bytes"] == best["headroom_bytes"]
     code, out, _ = run(line)
     assert code == 0
-    assert "within $50.00 and 48" in out
+    assert "within $50 and 48 h" in out
     only = json.loads(run("choose ./config.json --prices my-prices.csv --offers 'spot rtx' --json")[1])
     assert {(way["provider"], way["spot"]) for way in only["ways"]} == {("near", True)}
