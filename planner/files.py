@@ -41,13 +41,29 @@ def write_text(file: Path, text: str) -> None:
 
     Raises OSError.
     """
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """The same of bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with scratch.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def save(file: Path, content: bytes, option: str) -> None:
+    """The same for a file that the user named with `option`: raises UsageError where it cannot be written."""
+    where = shown(str(file))
+    try:
+        if file.exists() and not file.is_file():  # a device would be replaced, too
+            raise UsageError(f"{where} is no file; name one to be written ({option})")
+        write_bytes(file, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {where}: {reason(error)} ({option})") from None

@@ -72,6 +72,11 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     With `explain`, how each of its memory rows is worked out, and by what source; with `advice`, what would lower the
     peak; with `timeline`, a drawing of the memory over the step.
     """
+    show(plan_page(plan, explain=explain, advice=advice, timeline=timeline))
+
+
+def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeline: bool = False) -> list[Block]:
+    """The same as blocks, the title and the verdict first."""
     top = [Row((title(plan),), "bold")]
     if plan.fit:
         top.append(verdict(plan.fit.to_dict()))
@@ -89,7 +94,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     if explain:
         page.append(_explained("How each row of memory is worked out", plan.memory.components))
         page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
-    show(page)
+    return page
 
 
 def title(plan: Plan) -> str:
@@ -322,10 +327,7 @@ def _gpus(fits: Sequence[Fit]) -> Block:
 
     A card that holds it only just has its own line above.
     """
-    with_room = [fit for fit in fits if fit.retries is None]
-    groups = [list(group) for _, group in groupby(with_room, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
-    small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
-    large = [group for group in groups if group[0].fits][:_FITTING]
+    small, large = card_groups(fits)
     rows = [Row(("", "GB", "headroom", ""), "dim")]
     rows += [Row(("too small", *_card_line(group))) for group in small]
     rows += [Row(("fits", *_card_line(group))) for group in large]
@@ -336,6 +338,14 @@ def _gpus(fits: Sequence[Fit]) -> Block:
         remedy = "planned in fp16 where named (--gpu)" if lacking == ["bf16"] else "which this plan uses"
         rows.append(Row(("", "", "", f"* without {' or '.join(lacking)}, {remedy}"), "dim"))
     return Block("GPUs", "<>><", rows)
+
+
+def card_groups(fits: Sequence[Fit]) -> tuple[list[list[Fit]], list[list[Fit]]]:
+    """The largest sizes of card that do not hold a plan, and the smallest that do with their whole cache."""
+    with_room = [fit for fit in fits if fit.retries is None]
+    groups = [list(group) for _, group in groupby(with_room, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
+    small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
+    return small, [group for group in groups if group[0].fits][:_FITTING]
 
 
 def _card_line(group: Sequence[Fit]) -> tuple[str, str, str]:
@@ -353,7 +363,7 @@ def _advice(plan: Plan) -> Block:
     return Block("What would change the peak, each planned by itself", "><", rows)
 
 
-def _phase(stretch: str) -> str:
+def phase(stretch: str) -> str:
     """Which part of the step a stretch belongs to, for the drawing's axis."""
     word = stretch.replace(",", "").split()[0]
     return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
@@ -361,7 +371,7 @@ def _phase(stretch: str) -> str:
     )
 
 
-def _first_of(names: Iterable[str]) -> list[tuple[int, str]]:
+def first_of(names: Iterable[str]) -> list[tuple[int, str]]:
     """Where each name first stands."""
     found: dict[str, int] = {}
     for index, name in enumerate(names):
@@ -398,7 +408,7 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
     # plotille's first line is the head of its axis, its last two the ticks of the other
     lines = [line.rstrip() for line in figure.show().splitlines()[2:-2]]
     left = lines[0].index("|") + 2
-    starts = [(left + index * width // len(moments), name) for index, name in _first_of(map(_phase, phases))]
+    starts = [(left + index * width // len(moments), name) for index, name in first_of(map(phase, phases))]
     axis = ""
     for (start, name), (end, _) in zip(starts, [*starts[1:], (left + width, "")], strict=True):
         axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")
