@@ -17,6 +17,8 @@ from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from rich.console import Console
+
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
     from vramplan.planner.cost import Cost
@@ -640,20 +642,26 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _rich(page: Sequence[Block]) -> str:
     """The page as rich lays it out for this terminal."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(markup=False, highlight=False, emoji=False)
     with console.capture() as captured:
-        for index, block in enumerate(page):
-            if index:
-                console.print()
-            if block.heading:
-                console.print(Text(block.heading, "bold"))
-            table = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
-            for align in block.columns:
-                table.add_column(justify="right" if align == ">" else "left", no_wrap=align == ">", overflow="fold")
-            for row in block.rows:
-                table.add_row(*map(Text, row.cells), style=row.style)
-            console.print(table)
+        lay_out(page, console)
     return captured.get().rstrip("\n")
+
+
+def lay_out(page: Sequence[Block], console: Console) -> None:
+    """Prints the page on a console of rich's."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for index, block in enumerate(page):
+        if index:
+            console.print()
+        if block.heading:
+            console.print(Text(block.heading, "bold"))
+        table = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
+        for align in block.columns:
+            table.add_column(justify="right" if align == ">" else "left", no_wrap=align == ">", overflow="fold")
+        for row in block.rows:
+            table.add_row(*map(Text, row.cells), style=row.style)
+        console.print(table)

@@ -115,7 +115,10 @@ def draw(file: str, what: str, made: Plan | Capacity | Sequence[Score], command:
     """
     ending = ready(file)
     drawn: Any = {"timeline": timeline, "breakdown": breakdown, "frontier": frontier, "accuracy": accuracy}[what]
-    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the day is in the caption, a time in no file
+    dated = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None},
+    }  # the day is in the caption, a time in no file
     out = io.BytesIO()
     with _style():
         figure = drawn(made)
@@ -253,14 +256,18 @@ def stacked(heading: str, given: Sequence[Bar], limit: str = "the limit") -> Fig
     left = [0.0] * len(given)
     for name in names:
         sizes = [bar.parts.get(name, 0) / GIB for bar in given]
-        axes.barh(rows, sizes, left=left, color=colours[name], label=name, height=0.62, edgecolor="white", linewidth=0.6)
+        axes.barh(
+            rows, sizes, left=left, color=colours[name], label=name, height=0.62, edgecolor="white", linewidth=0.6
+        )
         left = [at + size for at, size in zip(left, sizes, strict=True)]
     most = max(max(left), *(bar.limit_bytes / GIB for bar in given if bar.limit_bytes is not None), 0.0)
     for row, bar in enumerate(given):
         if bar.limit_bytes is not None:
             line = axes.plot([bar.limit_bytes / GIB] * 2, [row - 0.44, row + 0.44], color=_LIMIT, linewidth=2.2)
             line[0].set_label("" if row else limit)
-        axes.text(max(left[row], (bar.limit_bytes or 0) / GIB) + 0.012 * most, row, _spare(bar), va="center", fontsize=9)
+        axes.text(
+            max(left[row], (bar.limit_bytes or 0) / GIB) + 0.012 * most, row, _spare(bar), va="center", fontsize=9
+        )
     axes.set_yticks(rows, [bar.label for bar in given])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -296,7 +303,7 @@ def together(given: Sequence[Bar]) -> list[Bar]:
 def colours_of(names: Sequence[str]) -> dict[str, str]:
     """A colour for each part, the same in every picture."""
     others = iter(_OTHERS * len(names))
-    return {name: COLOURS.get(name) or next(others) for name in names}
+    return {name: COLOURS.get(name) or next(others) for name in dict.fromkeys(names)}
 
 
 # -------------------------------------------------------------------------------------------------------- the frontier
@@ -388,6 +395,8 @@ def accuracy(scores: Sequence[Score]) -> Figure:
     first.legend(fontsize=8, loc="upper left")
     second.set_ylabel("planned / measured - 1, percent")
     found = spreads(measured)
-    words = [f"{n}: median {percent(s.median)} %, worst {percent(s.worst)} %" for n in figures if (s := found[n]["all"])]
+    words = [
+        f"{n}: median {percent(s.median)} %, worst {percent(s.worst)} %" for n in figures if (s := found[n]["all"])
+    ]
     second.set_title("\n".join(words), loc="left", fontsize=9)
     return figure
