@@ -179,7 +179,8 @@ def _again(asked: Mapping[str, Any], name: str = "") -> str:
     from vramplan.planner.trial import command
 
     where = asked.get("gpu"), asked.get("stack"), asked.get("calibration", True)
-    return command(asked["model"], asked, *where, name=name)
+    prices = f" --prices {shlex.quote(asked['prices'])}" if asked.get("prices") else ""
+    return command(asked["model"], asked, *where, name=name) + prices
 
 
 def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> int:
@@ -224,7 +225,8 @@ def report(model: str | None, config: str | None, output: str | None, **options:
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
         return (search() for search in tracked(searches, len(searches), "searching"))
 
-    made = report_page.write(output, asked, _again(asked, "report"), each)
+    again = f"{_again(asked, 'report')} -o {shlex.quote(output)}"
+    made = report_page.write(output, asked, again, each)
     return 1 if made.fit is not None and not made.fit.fits else 0
 
 

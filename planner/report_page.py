@@ -20,7 +20,7 @@ from vramplan.planner import capacity, prices
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import save
 from vramplan.planner.plan import plan
-from vramplan.planner.report import Block, Row, first_of, phase, plan_page
+from vramplan.planner.report import Block, Row, first_of, phase, plan_page, show
 from vramplan.planner.report_decide import fit_page
 from vramplan.planner.report_plots import bars, colours_of, together
 from vramplan.planner.training import OPTIONS
@@ -80,7 +80,7 @@ def write(
     command: str,
     each: Callable[[Sequence[Callable[[], Any]]], Iterable[Any]] = one_after_another,
 ) -> Plan:
-    """Plans `asked`, as `plan` takes it, writes its page in the place of `file`, and answers the plan.
+    """Plans `asked`, as `plan` takes it, writes its page in the place of `file`, says so, and answers the plan.
 
     `command` makes the page again; `each` runs the searches, as for `capacity.fit`. Raises UsageError where there can
     be no plan, or the file cannot be written.
@@ -92,7 +92,9 @@ def write(
         found = capacity.fit(
             **{name: value for name, value in asked.items() if name != "prices"} | {"gpu": card}, each=each
         )
-    save(Path(file), page(made, found, command).encode("utf-8"), "--output")
+    save(Path(file), page(made, found, command).encode("utf-8", errors="replace"), "--output")
+    top = plan_page(made)[0]
+    show([top._replace(rows=[*top.rows, Row((f"written to {file}",))])])
     return made
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import pytest
@@ -16,6 +16,9 @@ from test_readme import AS_OF, EXAMPLE, ROOT
 
 from vramplan import plan
 from vramplan.planner import cli, prices, report, stack
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IMAGES = ROOT / "docs" / "images"
 PICTURES = ("terminal.svg", "timeline.svg")
