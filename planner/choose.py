@@ -235,7 +235,7 @@ def choose(
     for method in [run.method] if "method" in asked else METHODS:
         question = for_method(asked, method)
         for card in cards:
-            typed = command(named, question, card.name, stack, calibration)
+            typed = command(named, question, card.name, stack, calibration, prices)
             trials.append(partial(_try, architecture, card, versions, calibration, shared, question, typed))
     tried = tuple(each(trials))
     ways = [way for one in tried for way in _ways(one, found)]

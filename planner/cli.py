@@ -182,6 +182,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
         return (search() for search in report.tracked(searches, len(searches), "searching"))
 
+    asked.pop("prices", None)  # of a profile that is for plans as well
     asked |= {} if over is None else {"over": over}
     found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
     if as_json:
@@ -241,6 +242,7 @@ def choose(
 @_gpu
 @_stack
 @_calibration
+@_prices
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: object) -> int:

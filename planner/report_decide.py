@@ -304,7 +304,7 @@ def comparison_page(sides: Sequence[Side]) -> list[Block]:
         ("hours there", [side.cost.get("hours") for side in sides]),
     ]
     if any(value is not None for _, values in run for value in values):
-        page.append(_figures("Time and cost", run, _figure, letters, few=len(sides) <= _DELTAS))
+        page.append(_figures("Time and cost", run, _number, letters, few=len(sides) <= _DELTAS))
     return page
 
 
@@ -387,5 +387,5 @@ def _whole(value: float) -> str:
     return format_count(round(value))
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return format_count(round(value)) if value >= 100 else f"{value:.2f}"

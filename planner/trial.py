@@ -6,6 +6,7 @@ twentieth of a replay's time (quick.py).
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,13 +41,18 @@ def command(
     gpu: str,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
+    prices: str | os.PathLike[str] | None = None,
 ) -> str:
     """The command that plans a run, ready for a shell; `model` as it was named."""
     versions = ",".join(f"{name}={version}" for name, version in stack.items()) if isinstance(stack, Mapping) else stack
     words = ["vramplan", shlex.quote(str(model)), flags(asked), "--gpu", shlex.quote(gpu)]
     if versions:
         words += ["--stack", shlex.quote(versions)]
-    return " ".join([*filter(None, words), *([] if calibration else ["--no-calibration"])])
+    if not calibration:
+        words.append("--no-calibration")
+    if prices is not None:
+        words += ["--prices", shlex.quote(os.fspath(prices))]
+    return " ".join(filter(None, words))
 
 
 def one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:

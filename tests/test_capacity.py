@@ -239,10 +239,10 @@ def test_a_profile_names_the_model_and_the_gpu(run: Any, tmp_path: Path) -> None
 
 def test_commands_are_ready_for_a_shell() -> None:
     asked = {"target_modules": ["q_proj", "v_proj"], "padded": True, "double_quant": "false", "epochs": 1.5}
-    line = command("./my model", asked, "A100 80GB", {"torch": "2.11"}, calibration=False)
+    line = command("./my model", asked, "A100 80GB", {"torch": "2.11"}, calibration=False, prices="my prices.csv")
     assert line == (
         "vramplan './my model' --target-modules q_proj,v_proj --padded --no-double-quant --epochs 1.5 "
-        "--gpu 'A100 80GB' --stack torch=2.11 --no-calibration"
+        "--gpu 'A100 80GB' --stack torch=2.11 --no-calibration --prices 'my prices.csv'"
     )
     assert command("gpt2", {}, "t4") == "vramplan gpt2 --gpu t4"
 
