@@ -10,7 +10,7 @@ from vramplan.planner import comparison
 from vramplan.planner.errors import UsageError
 from vramplan.planner.report import Block, Row, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
-from vramplan.planner.units import GIB, format_count, format_gib
+from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,8 +67,9 @@ def _failing(size: Size) -> str:
 
 
 def _lacking(trial: Trial) -> str:
-    too_much = f"{format_gib(-trial.fit.headroom_bytes)} too much" if trial.fit else ""
-    return f"runs out of memory in {trial.runs_out!r}: {too_much}"
+    lacking = -trial.fit.headroom_bytes if trial.fit else 0
+    too_much = format_gib(lacking) if lacking > GIB // 100 else format_bytes(lacking)
+    return f"runs out of memory in {trial.runs_out!r}: {too_much} too much"
 
 
 def _spare(trial: Trial) -> str:
@@ -99,8 +100,8 @@ def _frontier(cells: tuple[Cell, ...], gpu: str) -> Block:
 
 
 def _one_frontier(cells: tuple[Cell, ...]) -> Iterator[Row]:
-    yield Row(("seq_len", "batch_size", "tokens", "to spare", "tokens/s", ""), "dim")
     fastest = max((cell.time.tokens_per_s for cell in cells if cell.time), default=None)
+    yield Row(("seq_len", "batch_size", "tokens", "to spare", "tokens/s" if fastest else "", ""), "dim")
     for cell in cells:
         length = format_count(cell.seq_len)
         if cell.batch_size is None or cell.trial is None:
@@ -124,7 +125,8 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
     words = []
     if "seq_len" in tried:
         sizes = tried["seq_len"]
-        words.append(f"seq_len in multiples of {sizes[0]} up to {format_count(sizes[-1])}, the model's positions")
+        every = f" in multiples of {sizes[0]}" if sizes[0] > 1 else ""
+        words.append(f"seq_len{every} up to {format_count(sizes[-1])}, the model's positions")
     if "rank" in tried:
         words.append("rank in powers of two")
     if words:
@@ -148,7 +150,7 @@ def _commands(lines: Iterable[str]) -> Block:
                 row = " "
             row = f"{row} {word}" if row else word
         rows.append(Row((row,)))
-    return Block("Commands" if len(rows) > 1 else "Command", "<", rows)
+    return Block("Reproduce", "<", rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- choose
