@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
+from vramplan.planner.capacity import MOST_TOKENS
 from vramplan.planner.errors import UsageError
 from vramplan.planner.report import Block, Row, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
@@ -126,7 +127,8 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
     if "seq_len" in tried:
         sizes = tried["seq_len"]
         every = f" in multiples of {sizes[0]}" if sizes[0] > 1 else ""
-        words.append(f"seq_len{every} up to {format_count(sizes[-1])}, the model's positions")
+        whose = ", the model's positions" if sizes[-1] < MOST_TOKENS else ""
+        words.append(f"seq_len{every} up to {format_count(sizes[-1])}{whose}")
     if "rank" in tried:
         words.append("rank in powers of two")
     if words:
@@ -168,7 +170,7 @@ def choice_page(found: Choice, *, everything: bool = False) -> list[Block]:
     if found.cheapest and found.cheapest is found.fastest:
         ends = {"cheapest and fastest": found.cheapest}
     if any(ends.values()):
-        page.append(Block("", "<<", [Row((name, _in_words(way))) for name, way in ends.items() if way]))
+        page.append(Block("", "<<", [Row((name, _in_words(way, found))) for name, way in ends.items() if way]))
     ways = found.within or found.ways if everything else found.shortlist
     if ways:
         rows = [Row(("$", "hours", "", "method", "GPU", "offer"), "dim"), *(_way(way, found) for way in ways)]
@@ -205,11 +207,16 @@ def _limits(found: Choice) -> str:
     return " and ".join(words)
 
 
-def _in_words(way: Way) -> str:
+def _in_words(way: Way, found: Choice) -> str:
     made = way.cost
     kwh = "" if made.kwh is None else f", {short(made.kwh)} kWh"
     span = f"{short(made.hours)} h ({short(made.hours_low)} to {short(made.hours_high)})"
-    return f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"
+    words = [f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"]
+    if found.budget_usd is not None and made.usd > found.budget_usd:
+        words.append(f"${made.usd - found.budget_usd:,.2f} above the budget")
+    if found.deadline_s is not None and 3600 * made.hours > found.deadline_s:
+        words.append(f"{short(made.hours - found.deadline_s / 3600)} h beyond the deadline")
+    return "; ".join(words)
 
 
 def _way(way: Way, found: Choice) -> Row:

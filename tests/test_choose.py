@@ -198,6 +198,8 @@ def test_nothing_within_says_what_is_closest(prices: Path, run: Any) -> None:
     page = " ".join("\n".join(plain(choice_page(found))).split())
     assert "none of 6 ways is within $0.01 and" in page
     assert "closest lora on" in page
+    assert " above the budget" in page
+    assert " h beyond the deadline" in page
     code, out, err = run("choose ./config.json --prices my-prices.csv --deadline 1s --json")
     assert (code, err) == (1, "")
     answer = json.loads(out)
