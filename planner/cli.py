@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,14 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
 
 
 _gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+_stack = click.option(
+    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
+)
+_calibration = click.option(
+    "--calibration/--no-calibration",
+    default=None,
+    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
+)
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
@@ -86,14 +95,8 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @click.argument("model", required=False)
 @_training_options
 @_gpu
-@click.option(
-    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
-)
-@click.option(
-    "--calibration/--no-calibration",
-    default=None,
-    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
-)
+@_stack
+@_calibration
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -138,6 +141,104 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
     if found is None:
         raise UsageError(f"{error}; `vramplan trace {asked['model']}` with the same options runs its own code")
     return _print_trace(found, as_json)
+
+
+@cli.command(short_help="Plan the run of another framework's config.")
+@click.argument("files", metavar="FILE...", nargs=-1)
+@click.option("--from", "framework", metavar="NAME", help="axolotl, llamafactory, trl or transformers.")
+@click.option("--ignore", metavar="KEY", multiple=True, help="Plan as if this key were not there.")
+@click.option("--model", metavar="MODEL", help="The model, where FILE names none or another is meant.")
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@click.option("--json", "as_json", is_flag=True, help="Print what was read, and the plan, as JSON.")
+@click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
+@click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
+@click.option("--timeline", is_flag=True, help="Draw the memory over the step.")
+def check(
+    files: Sequence[str],
+    framework: str | None,
+    ignore: Sequence[str],
+    as_json: bool,
+    explain: bool,
+    advice: bool,
+    timeline: bool,
+    gpu: str | None,
+    stack: str | None,
+    calibration: bool | None,
+    **options: object,
+) -> int:
+    """Plan the run that a config of another framework describes.
+
+    FILE is a YAML file of axolotl, LLaMA-Factory or trl sft, a training script, or TrainingArguments and an adapter's
+    adapter_config.json as JSON, or the folder that holds both. What was read from which key comes first; keys that
+    change memory and cannot be planned are named. Options on the command line go before the file. Nothing is run.
+
+    \b
+    Examples:
+      vramplan check qlora.yml --gpu rtx-4090
+      vramplan check training_args.json adapter_config.json --seq-len 1024
+      vramplan check train.py --json
+
+    Exit codes: 0 planned, and it fits where a GPU was named; 1 it does not fit the named GPU; 2 the question was wrong.
+    """
+    from vramplan.planner import configs, report, report_check
+    from vramplan.planner.plan import plan as make
+
+    reading = configs.read(files, framework=framework, ignore=ignore, **_asked(None, **options))
+    machine = _asked(None, gpu=gpu, stack=stack, calibration=calibration)
+    made = make(reading.model, **machine, **reading.options)
+    if as_json:
+        report.print_json(made.to_dict() | {"read": reading.to_dict()})
+    else:
+        report_check.print_check(reading, made, explain=explain, advice=advice, timeline=timeline)
+    return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+@cli.command(short_help="Write a plan as another framework's config, or as a script.")
+@click.argument("model")
+@click.option("--to", "target", required=True, metavar="NAME", help="trl, axolotl, llamafactory, accelerate or script.")
+@click.option("--dataset", metavar="NAME", help="The data set to name in it; a placeholder stands there without.")
+@click.option("-o", "--output", metavar="FILE", help="Write here.  [default: print it]")
+@click.option("--force", is_flag=True, help="Overwrite FILE where it exists.")
+@_training_options
+@_gpu
+@_stack
+@_config
+def export(
+    model: str,
+    target: str,
+    dataset: str | None,
+    output: str | None,
+    force: bool,
+    config: str | None,
+    **options: object,
+) -> int:
+    """Write the plan of MODEL as a config that another framework runs, or as a training script.
+
+    `vramplan check` of the file gives the same plan again. What a framework cannot run is refused by name; where you
+    left an option open, the plan takes what the framework does, and a comment says so.
+
+    \b
+    Examples:
+      vramplan export llama-3.1-8b --to axolotl --rank 32 -o qlora.yml
+      vramplan export qwen3-4b --to script --trainer trl --dataset trl-lib/Capybara -o train.py
+      vramplan export gpt2 --to accelerate --method full
+    """
+    from vramplan.planner import export as exporting
+    from vramplan.planner import report
+    from vramplan.planner.plan import plan as make
+
+    made = make(**_asked(config, model=model, **options))
+    command = f"vramplan {shlex.join(click.get_current_context().obj)}"
+    found = exporting.export(made, target, command=command, dataset=dataset)
+    if output is None:
+        report.print_text(found.text)
+        return 0
+    exporting.save(found, output, force=force)
+    report.print_text(f"{output}: {report.recipe(made.model.name, found.options)}\n")
+    return 0
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
@@ -408,7 +509,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a folder's name may be beyond the terminal's character set
     try:
-        code = cli.main(words, prog_name="vramplan", standalone_mode=False) or 0
+        code = cli.main(words, prog_name="vramplan", standalone_mode=False, obj=words) or 0
         sys.stdout.flush()
     except UsageError as error:
         report.print_error(f"{error}{_meant_command(words) if str(error).startswith('unknown model') else ''}")
