@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner.documents import Computed, Document, load
-from vramplan.planner.errors import UsageError, nearest, shown, unknown
+from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.frameworks import (
     ACCELERATE,
     FRAMEWORKS,
@@ -360,8 +360,10 @@ def _remarks(
 
 
 def _unknown(key: str, framework: Framework) -> str:
+    from difflib import get_close_matches
+
     matter = {each for rule in framework.rules.values() for each in rule.keys}
-    close = nearest(key, sorted(each for each in framework.known if each[0].islower() and not each.endswith("()")), 1)
-    hint = f"; {close[0]}, which decides the plan, may be meant" if close and close[0] in matter else ""
-    hint = hint or (f"; {close[0]} may be meant" if close else "")
-    return f"{shown(key)} is no key of {framework.title}{hint}"
+    typed = [each for each in framework.known if each.islower() and not each.endswith("()")]
+    close = get_close_matches(key[:100], sorted(typed), 1, cutoff=0.8)
+    meant = f"; {close[0]}{', which decides the plan,' * (close[0] in matter)} may be meant" if close else ""
+    return f"{shown(key)} is no key of {framework.title}{meant}"

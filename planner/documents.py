@@ -1,6 +1,6 @@
 """Files of options that others wrote: YAML, JSON, TOML, and Python scripts that are read and never run.
 
-All are untrusted: at most 256 KiB, plain values only, no key twice, no aliases that multiply, nothing nested without
+All are untrusted: at most 128 KiB, plain values only, no key twice, no aliases that multiply, nothing nested without
 end. A script's keyword arguments are read from its syntax tree where they are written out.
 """
 
@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     import yaml
 
-_LARGEST = 2**18  # bytes; PyYAML takes seconds for a file of this size, and a config is a few KiB
+_LARGEST = 2**17  # bytes; PyYAML takes seconds for a file of this size, and a config is a few KiB
 _MOST_NODES = 20_000  # of a YAML file, its aliases written out
 # The comment in which an exported file keeps the options that its own keys cannot say.
 MARK = "# vramplan options:"
@@ -60,7 +61,7 @@ def load(file: str | Path, what: str = "a config", option: str = "FILE") -> Docu
         raise UsageError(f"{where}: {error} ({option})") from None
     except (RecursionError, MemoryError):
         raise UsageError(f"{where} is nested too deeply ({option})") from None
-    except ValueError as error:  # of json, tomllib, ast; PyYAML's own are turned into it below
+    except (ValueError, SyntaxError) as error:  # of json, tomllib, ast; PyYAML's own are turned into it below
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{where} is no {_NAMES[kind]}: {reason} ({option})") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -101,9 +102,9 @@ def _toml(text: str) -> Any:
 def _yaml(text: str) -> Any:
     import yaml
 
-    # The loader in C recurses without a limit.
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)  # the one in C recurses without a limit
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -115,7 +116,8 @@ def _yaml(text: str) -> Any:
     except (TypeError, OverflowError) as error:  # of PyYAML's constructors, for odd keys and dates
         raise ValueError(str(error)) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
@@ -161,7 +163,9 @@ def _python(text: str) -> dict[str, Any]:
     `trainer` is the trainer's class, `model` what from_pretrained is given, and `prepare_model_for_kbit_training`
     whether that is called.
     """
-    tree = ast.parse(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, of odd escapes and comparisons
+        tree = ast.parse(text)
     constants = {
         target.id: _value(statement.value, {})
         for statement in tree.body

@@ -20,13 +20,12 @@ from vramplan.planner.documents import MARK
 from vramplan.planner.errors import UsageError, reason, shown, unknown
 from vramplan.planner.files import write_text
 from vramplan.planner.frameworks import ACCELERATE, AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
-from vramplan.planner.training import OPTIONS, TARGET_GROUPS, parse_options, unused
+from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, parse_options, unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vramplan.planner.plan import Plan
-    from vramplan.planner.training import TrainingOptions
 
 _LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # What data and environment decide, and no key does.
@@ -163,11 +162,12 @@ def _with(options: TrainingOptions, adopted: dict[str, Any]) -> TrainingOptions:
 
 def _beside(options: TrainingOptions) -> dict[str, Any]:
     """All that accelerate's own keys do not say, where it is not vramplan's default."""
-    default = parse_options({})
+    first = {"method": options.method, "trainer": options.trainer}  # other defaults follow from these
+    default = parse_options(first).as_dict() | {name: getattr(TrainingOptions(), name) for name in first}
     return {
         name: getattr(options, name)
         for name, value in options.as_dict().items()
-        if value is not None and value != default.as_dict()[name] and name not in ACCELERATE.rules
+        if value is not None and value != default[name] and name not in ACCELERATE.rules
     }
 
 

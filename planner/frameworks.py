@@ -149,6 +149,10 @@ def _rows_differ(batch: Any, *packed: Any) -> Any:
 
 _HF_BATCH = "per_device_train_batch_size"
 _HF_STEP = (_HF_BATCH, "gradient_accumulation_steps")
+# transformers 5.23 renamed it; the new name goes first.
+_CHECKPOINTING = Rule(
+    ("activation_checkpointing", "gradient_checkpointing"), lambda new, old: old if new is None else new
+)
 # The rows that every framework on transformers' TrainingArguments shares.
 _HF_RULES = {
     "batch_size": _one(_HF_BATCH),
@@ -206,12 +210,14 @@ _HF_REMARKS = (
     _refused("optim_target_modules", "an optimizer for some modules only cannot be planned"),
     _refused("label_smoothing_factor", "with label smoothing the loss is computed outside the model"),
     _refused("use_cpu", "a run without a GPU takes none of its memory"),
-    _refused(
-        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
-        "with selective checkpointing a layer keeps some of its activations",
-        _setting("gradient_checkpointing_kwargs", "selective"),
+    *(
+        remark
+        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        for remark in (
+            _refused(key, "in selective checkpointing a layer keeps some activations", _setting(key, "selective")),
+            _noted(key, _REENTRANT, _setting(key, "use_reentrant")),
+        )
     ),
-    _noted("gradient_checkpointing_kwargs", _REENTRANT, _setting("gradient_checkpointing_kwargs", "use_reentrant")),
     _noted("neftune_noise_alpha", "its noise on the embeddings, as large as a hidden state, is not planned"),
     _noted("torch_empty_cache_steps", "PyTorch's cache is planned as kept, and emptying it lowers what is reserved"),
     _noted("eval_strategy", _EVALUATION),
@@ -280,9 +286,7 @@ TRANSFORMERS = Framework(
         **_HF_RULES,
         "seq_len": Rule(("SEQ_LEN", "max_length"), lambda constant, length: length if constant is None else constant),
         "padded": Rule(("PADDED", _HF_BATCH), lambda said, batch: _rows_differ(batch) if said is None else said, True),
-        "gradient_checkpointing": Rule(
-            ("gradient_checkpointing", "activation_checkpointing"), lambda now, later: is_on(now) or is_on(later)
-        ),
+        "gradient_checkpointing": _CHECKPOINTING,
         "mixed_precision": Rule(("bf16", "fp16"), _autocast),
         "weights_dtype": Rule(_WEIGHTS_KEYS, _transformers_weights),
         "double_quant": _one("bnb_4bit_use_double_quant"),
@@ -370,7 +374,7 @@ TRL = Framework(
         **_HF_RULES,
         "seq_len": _one("max_length", _max_length),
         "padded": Rule((_HF_BATCH, "packing", "padding_free"), _rows_differ, True),
-        "gradient_checkpointing": _one("gradient_checkpointing"),
+        "gradient_checkpointing": _CHECKPOINTING,
         "mixed_precision": Rule(("bf16", "fp16"), _sft_autocast),
         "weights_dtype": _one("dtype", _dtype),
         "double_quant": _one("use_bnb_nested_quant"),
@@ -475,6 +479,10 @@ def _axolotl_modules(linear: Any, modules: Any) -> Any:
     return _modules(modules)
 
 
+def _offloaded(checkpointing: Any) -> bool:
+    return isinstance(checkpointing, str) and checkpointing.startswith("offload")
+
+
 def _axolotl_rank(rank: Any) -> Any:
     if rank is None:
         raise UsageError("axolotl has no default for it; add lora_r (--rank)")
@@ -510,7 +518,7 @@ AXOLOTL = Framework(
         "gradient_accumulation_steps": Rule(
             ("gradient_accumulation_steps", "batch_size"), _axolotl_accumulation, more=("micro_batch_size",)
         ),
-        "gradient_checkpointing": _one("gradient_checkpointing"),
+        "gradient_checkpointing": _one("gradient_checkpointing", lambda on: _offloaded(on) or on),
         "optimizer": _one("optimizer"),
         "weights_dtype": Rule(_AXOLOTL_PRECISION, lambda *keys: _axolotl_precision(*keys)[0]),
         "mixed_precision": Rule(_AXOLOTL_PRECISION, lambda *keys: _axolotl_precision(*keys)[1]),
@@ -576,10 +584,7 @@ AXOLOTL = Framework(
         _refused(
             "gradient_checkpointing",
             "checkpoints in host memory or on disk cannot be planned; choose --gradient-checkpointing",
-            lambda values: (
-                isinstance(values.get("gradient_checkpointing"), str)
-                and values["gradient_checkpointing"].startswith("offload")
-            ),
+            lambda values: _offloaded(values.get("gradient_checkpointing")),
         ),
         _refused(
             "fp8 qat gptq quantize_moe_experts model_quantization_config", "only 4-bit bitsandbytes can be planned"
