@@ -21,6 +21,7 @@ from vramplan.planner.training import OPTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from vramplan.planner.plan import Plan
     from vramplan.planner.training import Option
 
 _LARGEST_PROFILE = 2**20  # bytes; a profile is a few lines
@@ -79,6 +80,18 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
     return click.option(option.flag, option.name, metavar="|".join(option.choices) if few else metavar, help=help_text)
 
 
+def _views(command: Callable[..., int]) -> Callable[..., int]:
+    """Adds how a plan is shown."""
+    flags = {
+        "--timeline": "Draw the memory over the step.",
+        "--advice": "Show what would lower the peak, and by how much.",
+        "--explain": "Show each memory row's formula and source.",
+    }
+    for flag, text in flags.items():
+        command = click.option(flag, is_flag=True, help=text)(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")(command)
+
+
 _gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
 _stack = click.option(
     "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
@@ -88,6 +101,7 @@ _calibration = click.option(
     default=None,
     help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
 )
+_prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
@@ -97,11 +111,9 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @_gpu
 @_stack
 @_calibration
+@_prices
 @_config
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
-@click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
-@click.option("--timeline", is_flag=True, help="Draw the memory over the step.")
+@_views
 def plan(
     model: str | None, config: str | None, as_json: bool, explain: bool, advice: bool, timeline: bool, **options: object
 ) -> int:
@@ -124,13 +136,15 @@ def plan(
     except UnknownArchitecture as error:
         return _kept(asked, error, as_json)
     if as_json:
-        answer = made.to_dict()
-        if advice:
-            answer["advice"] = [{"change": each.change, "saves_bytes": each.saves_bytes} for each in made.advice()]
-        report.print_json(answer)
+        report.print_json(_as_dict(made, advice))
     else:
         report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
     return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+def _as_dict(made: Plan, advice: bool) -> dict[str, Any]:
+    changes = [{"change": each.change, "saves_bytes": each.saves_bytes} for each in made.advice()] if advice else []
+    return made.to_dict() | ({"advice": changes} if advice else {})
 
 
 def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> int:
@@ -152,10 +166,8 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
 @_gpu
 @_stack
 @_calibration
-@click.option("--json", "as_json", is_flag=True, help="Print what was read, and the plan, as JSON.")
-@click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
-@click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
-@click.option("--timeline", is_flag=True, help="Draw the memory over the step.")
+@_prices
+@_views
 def check(
     files: Sequence[str],
     framework: str | None,
@@ -164,9 +176,6 @@ def check(
     explain: bool,
     advice: bool,
     timeline: bool,
-    gpu: str | None,
-    stack: str | None,
-    calibration: bool | None,
     **options: object,
 ) -> int:
     """Plan the run that a config of another framework describes.
@@ -178,7 +187,7 @@ def check(
     \b
     Examples:
       vramplan check qlora.yml --gpu rtx-4090
-      vramplan check training_args.json adapter_config.json --seq-len 1024
+      vramplan check trained --seq-len 1024 --explain
       vramplan check train.py --json
 
     Exit codes: 0 planned, and it fits where a GPU was named; 1 it does not fit the named GPU; 2 the question was wrong.
@@ -186,11 +195,11 @@ def check(
     from vramplan.planner import configs, report, report_check
     from vramplan.planner.plan import plan as make
 
+    machine = _asked(None, **{name: options.pop(name) for name in ("gpu", "stack", "calibration", "prices")})
     reading = configs.read(files, framework=framework, ignore=ignore, **_asked(None, **options))
-    machine = _asked(None, gpu=gpu, stack=stack, calibration=calibration)
     made = make(reading.model, **machine, **reading.options)
     if as_json:
-        report.print_json(made.to_dict() | {"read": reading.to_dict()})
+        report.print_json(_as_dict(made, advice) | {"read": reading.to_dict()})
     else:
         report_check.print_check(reading, made, explain=explain, advice=advice, timeline=timeline)
     return 1 if made.fit is not None and not made.fit.fits else 0
@@ -222,9 +231,9 @@ def export(
 
     \b
     Examples:
-      vramplan export llama-3.1-8b --to axolotl --rank 32 -o qlora.yml
-      vramplan export qwen3-4b --to script --trainer trl --dataset trl-lib/Capybara -o train.py
-      vramplan export gpt2 --to accelerate --method full
+      vramplan export llama-3.1-8b --to axolotl --rank 32 -o axolotl.yml
+      vramplan export qwen3-4b --to script --trainer trl --dataset trl-lib/Capybara -o finetune.py
+      vramplan export gpt2 --to accelerate --method full --seq-len 1024
     """
     from vramplan.planner import export as exporting
     from vramplan.planner import report
@@ -347,7 +356,7 @@ def probe(
     Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
     """
     asked = _asked(config, model=model, **options)
-    for name in ("gpu", "stack", "calibration"):
+    for name in ("gpu", "stack", "calibration", "prices"):
         if name in asked:
             raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
     model = asked.pop("model", None)
@@ -483,7 +492,7 @@ def _profile(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         wrong = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
         raise UsageError(f"{shown(file)} is no TOML: {wrong} (--config)") from None
-    known = [*OPTIONS, "model", "gpu", "stack", "calibration"]
+    known = [*OPTIONS, "model", "gpu", "stack", "calibration", "prices"]
     for name in profile:
         if name not in known:
             raise unknown(f"option in {shown(file)}:", name, known, "--config")

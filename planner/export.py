@@ -133,8 +133,8 @@ def _typed(value: Any) -> str:
 def _read_back(keys: Mapping[str, Any], framework: Framework) -> TrainingOptions:
     try:
         reading = interpret(keys, framework, asked={"model": "given"})
-        for key, text in reading.refused.items():
-            raise UsageError(f"{key}: {text}")
+        for text in (*(f"{key}: {each}" for key, each in reading.refused.items()), *reading.notes):
+            raise UsageError(text)
         return parse_options(reading.options)
     except UsageError as error:
         raise UsageError(f"{framework.title} cannot run this plan: {error} (--to)") from None

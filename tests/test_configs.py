@@ -23,7 +23,7 @@ ALL = {**FRAMEWORKS, "sft": SFT}
 
 # What each file under tests/data/configs comes to, by hand.
 EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "axolotl_qlora.yml": (
+    "qlora.yml": (
         "axolotl",
         "NousResearch/Meta-Llama-3.1-8B-Instruct",
         {
@@ -178,7 +178,7 @@ def test_a_config_as_people_have_it(name: str) -> None:
 
 
 def test_every_option_says_where_it_is_from() -> None:
-    reading = read([str(DATA / "axolotl_qlora.yml")], seq_len="512")
+    reading = read([str(DATA / "qlora.yml")], seq_len="512")
     said = {name: reading.sources[name] for name in ("model", "method", "rank", "seq_len", "padded", "double_quant")}
     assert said == {
         "model": "base_model",
