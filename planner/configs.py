@@ -196,7 +196,9 @@ def _framework(
         calls = tuple(key.removesuffix("()") for key in values if key.endswith("()"))
         if not calls:
             raise UsageError(f"{where} calls neither TrainingArguments nor SFTConfig; there is nothing to read (FILE)")
-        return _variant(TRANSFORMERS, values, kind), calls
+        if name not in (None, "transformers", "trl"):
+            raise UsageError(f"{where} is a script, which is read as transformers' or trl's; leave out --from {name}")
+        return SFT if name == "trl" else _variant(TRANSFORMERS, values, kind), calls
     if name is not None:
         return _variant(FRAMEWORKS[name], values, kind), ("--from",)
     known = {each.name: each.known for each in FRAMEWORKS.values()}

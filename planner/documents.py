@@ -154,6 +154,7 @@ def _children(node: Any) -> Iterator[yaml.Node]:
 _CALLS = frozenset(
     ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig", "LoraConfig", "BitsAndBytesConfig", "tokenizer")
 )
+_UNSLOTH = ("FastLanguageModel", "FastModel")
 _TRAINERS = frozenset(("Trainer", "Seq2SeqTrainer", "SFTTrainer"))
 
 
@@ -203,16 +204,23 @@ def _said(call: ast.Call, constants: dict[str, Any]) -> Iterator[tuple[str, Any]
                 yield keyword.arg, _value(keyword.value, constants)
         if name in _CALLS and name != "tokenizer":
             yield f"{name}()", True
+        if name == "from_pretrained" and _owner(call) in _UNSLOTH:
+            yield f"{_owner(call)}()", True
         if _is_model(call) and call.args:
             yield "model", _value(call.args[0], constants)
 
 
 def _is_model(call: ast.Call) -> bool:
-    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
-    return _last(call.func) == "from_pretrained" and _last(owner).endswith("ForCausalLM")
+    owner = _owner(call)
+    return _last(call.func) == "from_pretrained" and (owner.endswith("ForCausalLM") or owner in _UNSLOTH)
 
 
-def _last(node: ast.expr | None) -> str:
+def _owner(call: ast.Call) -> str:
+    """What a method is called on, by the last part of its name."""
+    return _last(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+
+
+def _last(node: ast.expr) -> str:
     """The last part of a dotted name; empty for anything else."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 

@@ -17,10 +17,10 @@ from vramplan import __version__
 from vramplan.planner import scripts
 from vramplan.planner.configs import interpret
 from vramplan.planner.documents import MARK
-from vramplan.planner.errors import UsageError, reason, shown, unknown
+from vramplan.planner.errors import UsageError, printable, reason, shown, unknown
 from vramplan.planner.files import write_text
 from vramplan.planner.frameworks import ACCELERATE, AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
-from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, parse_options, unused
+from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, flags, parse_options, typed, unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,19 +56,19 @@ def export(plan: Plan, target: str, *, command: str, dataset: str | None = None)
         adopted = {name: value for name, value in apart.items() if _adopts(target, name, options)}
         if not adopted:
             break
-        notes += [f"{name} is {_typed(value)} there: {_why(name, framework)}" for name, value in adopted.items()]
+        notes += [f"{name} is {typed(value)} there: {_why(name, framework)}" for name, value in adopted.items()]
         options = _with(options, adopted)
     for name, value in apart.items():
         if target != "accelerate" and name not in _BESIDE:
             raise UsageError(
-                f"{framework.title} makes {name} {_typed(value)}, and {_typed(getattr(options, name))} is asked for: "
+                f"{framework.title} makes {name} {typed(value)}, and {typed(getattr(options, name))} is asked for: "
                 f"{_why(name, framework)}; choose {flags({name: value})} or --to script"
             )
     beside = {name: getattr(options, name) for name in apart}
-    words = [shlex.quote(model)] if target == "accelerate" else []
+    words = [shlex.quote(printable(model))] if target == "accelerate" else []
     marked = " ".join([*words, flags(beside)]).strip()
     top = [
-        f"# vramplan {__version__} made this on {date.today().isoformat()}: {_printable(command)}",
+        f"# vramplan {__version__} made this on {date.today().isoformat()}: {printable(command)}",
         f"# {_run(target, options)}",
         *(f"# {note}" for note in notes),
         *([f"{MARK} {marked}"] if marked else []),
@@ -105,29 +105,6 @@ def _run(target: str, options: TrainingOptions) -> str:
 
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments"
-
-
-def _printable(text: str) -> str:
-    """`text` without what would end a comment."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def flags(options: Mapping[str, Any]) -> str:
-    """Options as they are typed."""
-    words = []
-    for name, value in options.items():
-        flag = OPTIONS[name].flag
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words.append(f"{flag} {shlex.quote(_typed(value))}")
-    return " ".join(words)
-
-
-def _typed(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 def _read_back(keys: Mapping[str, Any], framework: Framework) -> TrainingOptions:

@@ -149,9 +149,9 @@ def _rows_differ(batch: Any, *packed: Any) -> Any:
 
 _HF_BATCH = "per_device_train_batch_size"
 _HF_STEP = (_HF_BATCH, "gradient_accumulation_steps")
-# transformers 5.23 renamed it; the new name goes first.
+# transformers 5.23 renamed it; the new name is the stronger one.
 _CHECKPOINTING = Rule(
-    ("activation_checkpointing", "gradient_checkpointing"), lambda new, old: old if new is None else new
+    ("gradient_checkpointing", "activation_checkpointing"), lambda old, new: old if new is None else new
 )
 # The rows that every framework on transformers' TrainingArguments shares.
 _HF_RULES = {
@@ -305,7 +305,11 @@ TRANSFORMERS = Framework(
         "bnb_4bit_use_double_quant": False,
     },
     fixed={"trainer": ("transformers", "transformers' Trainer")},
-    remarks=(*_HF_REMARKS, *_LORA_REMARKS),
+    remarks=(
+        *_HF_REMARKS,
+        *_LORA_REMARKS,
+        _refused("FastLanguageModel() FastModel()", "Unsloth's kernels and checkpoints cannot be planned yet"),
+    ),
     harmless=_HF_HARMLESS | _harmless("peft") | _harmless("script") | {"trainer"} | _CALLS,
 )
 
@@ -553,7 +557,7 @@ AXOLOTL = Framework(
             for each in _HF_REMARKS
             if each.keys[0] not in ("use_liger_kernel", "label_smoothing_factor", "use_cpu")
         ),
-        _refused("fsdp_config", _SEVERAL),
+        _refused("fsdp_config fp32_norms", _SEVERAL),
         *(
             _refused(key, _SEVERAL, _above_one(key))
             for key in (
@@ -562,18 +566,22 @@ AXOLOTL = Framework(
                 "dp_shard_size",
                 "dp_replicate_size",
                 "sequence_parallel_degree",
+                "expert_parallel_size",
                 "world_size",
             )
         ),
         _refused(
-            "rl reward_model process_reward_model kd_trainer trainer_cls diffusion",
+            "rl reward_model process_reward_model kd_trainer trainer_cls diffusion ebft hatchery nemo_gym_enabled",
             "only supervised fine-tuning with axolotl's own trainer can be planned",
         ),
         _refused("chunked_cross_entropy cut_cross_entropy flash_attn_cross_entropy use_eaft", _LOSS),
         _refused(
             """liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation
-            liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm
-            tiled_mlp fused_attn_kernel use_kernels use_onebitllms llama4_linearized_experts""",
+            liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm tiled_mlp
+            fused_attn_kernel flash_attn_d512 flash_optimum gemma4_hybrid_attn_impl large_head_attention s2_attention
+            scaling_softmax sdpa_varlen experts_implementation expert_backend moe_grouped_backend moe_bnb_fast
+            use_scattermoe use_sonicmoe use_dsv4_kernels use_glm_dsa_kernels use_kernels use_onebitllms
+            llama4_linearized_experts""",
             _KERNELS,
         ),
         _refused(
@@ -587,13 +595,24 @@ AXOLOTL = Framework(
             lambda values: _offloaded(values.get("gradient_checkpointing")),
         ),
         _refused(
-            "fp8 qat gptq quantize_moe_experts model_quantization_config", "only 4-bit bitsandbytes can be planned"
+            "fp8 qat gptq quantize_moe_experts model_quantization_config nonexpert_quantization",
+            "only 4-bit bitsandbytes can be planned",
         ),
-        _refused("relora lisa_n_layers unfrozen_parameters", "training some of the weights only cannot be planned"),
+        _refused(
+            "relora lisa_n_layers unfrozen_parameters spectrum_top_fraction",
+            "training some of the weights only cannot be planned",
+        ),
         _refused("lora_modules_to_save peft_trainable_token_indices", _WEIGHTS),
         _refused("lora_target_parameters peft_layers_to_transform peft_layers_pattern", _LAYERS),
         _refused("lora_rank_pattern", "a rank of their own for some modules cannot be planned"),
         _refused("peft_layer_replication", "replicated layers cannot be planned"),
+        _refused("peft use_mora", "this kind of LoRA cannot be planned"),
+        _refused(
+            "peft_autocast_adapter_dtype",
+            "adapters are planned in float32",
+            lambda values: values.get("peft_autocast_adapter_dtype") is False,
+        ),
+        _refused("grokfast_alpha", "it keeps a running mean of the gradients, which a plan does not count"),
         _refused("peft_use_dora", _LORA_REMARKS[0].text),
         _refused(
             "attn_implementation",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vramplan.planner.errors import printable
 from vramplan.planner.report import Block, Row, print_plan, show
+from vramplan.planner.training import flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +29,8 @@ def print_check(reading: Reading, plan: Plan, *, explain: bool, advice: bool, ti
         keys = reading.harmless[:_MOST_KEYS]
         rest = f" and {len(reading.harmless) - len(keys)} more" if len(reading.harmless) > len(keys) else ""
         page.append(Block("Without an effect on memory", "<", [Row((f"{', '.join(keys)}{rest}",))]))
+    line = f"vramplan {shlex.quote(printable(reading.model))} {flags(reading.options)}"
+    page.append(Block("The same without the file, also for vramplan probe and trace", "<", [Row((line,))]))
     show(page)
     sys.stdout.write("\n")
     print_plan(plan, explain=explain, advice=advice, timeline=timeline)
@@ -40,7 +45,7 @@ def _options(reading: Reading, plan: Plan) -> Block:
     left = [
         f"{name} {_shown(value)}" for name, value in used.items() if value is not None and name not in reading.options
     ]
-    rows.append(Row(("the rest", "", f"vramplan's defaults: {', '.join(left)}")))
+    rows.append(Row(("the rest", "", f"vramplan's own: {', '.join(left)}")))
     return Block("Read", "<<<", rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -138,9 +139,7 @@ def _call(name: str, arguments: Iterable[tuple[str, Any]], *first: str) -> list[
 def _text(value: Any) -> str:
     """A value as Python says it, its strings in double quotes."""
     if isinstance(value, str):
-        import json
-
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False) if value.isprintable() else repr(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, dict):

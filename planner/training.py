@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
@@ -189,6 +190,25 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     _refuse_contradictions(parsed)
     _refuse_unsupported(parsed)
     return parsed
+
+
+def flags(options: Mapping[str, Any]) -> str:
+    """Options by name as a command line has them."""
+    words = []
+    for name, value in options.items():
+        flag = OPTIONS[name].flag
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words.append(f"{flag} {shlex.quote(typed(value))}")
+    return " ".join(words)
+
+
+def typed(value: Any) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version

@@ -462,6 +462,25 @@ def test_sft_config_saved_as_json(write: Any) -> None:
     assert not reading.unknown
 
 
+def test_scripts(write: Any) -> None:
+    arguments = "args = TrainingArguments(output_dir='out', max_steps=pick())\n"
+    unsloth = "model, _ = FastLanguageModel.from_pretrained('gpt2', load_in_4bit=True)\nLoraConfig()\n"
+    assert "max_steps is worked out in line 1" in wrong(write(arguments, "a.py"), model="gpt2")
+    assert read([write(arguments, "a.py")], model="gpt2", epochs=1, examples=5).options["examples"] == 5
+    assert "FastLanguageModel() cannot be planned: Unsloth's kernels" in wrong(write(unsloth, "a.py"))
+    assert "calls neither TrainingArguments nor SFTConfig" in wrong(write("print()", "a.py"))
+    assert "leave out --from axolotl" in wrong(write(arguments, "a.py"), framework="axolotl")
+    trl = write("SFTConfig(output_dir='out')\nAutoModelForCausalLM.from_pretrained(name)", "a.py")
+    assert "the model is worked out in line 2" in wrong(trl)
+    reading = read([trl], model="gpt2")
+    assert {name: reading.options[name] for name in ("trainer", "seq_len", "mixed_precision", "method")} == {
+        "trainer": "trl",
+        "seq_len": 1024,
+        "mixed_precision": "bf16",
+        "method": "full",
+    }
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("axolotl", {"micro_batch_size": "two"}, "micro_batch_size: batch_size is 'two'; it must be a whole number"),
     ("axolotl", {"lora_r": None}, "lora_r: axolotl has no default for it; add lora_r (--rank)"),
@@ -567,3 +586,12 @@ def test_check_that_does_not_fit_and_check_that_is_refused(run: Any, tmp_path: P
     assert "leave it out by --ignore deepspeed (so it is with rl)" in err
     assert run(f"check {file} --ignore deepspeed --ignore rl")[0] == 0
     assert run("check")[0] == 2
+
+
+def test_the_command_that_check_names_is_the_same_plan(run: Any) -> None:
+    _, out, _ = run(f"check {shlex.quote(str(DATA / 'train.py'))} --json")
+    _, text, _ = run(f"check {shlex.quote(str(DATA / 'train.py'))}")
+    line = " ".join(text.partition("probe and trace\n")[2].partition("\n\n")[0].split())
+    assert line.startswith("vramplan google/gemma-2-2b --method lora")
+    _, again, _ = run(f"{line.removeprefix('vramplan ')} --json")
+    assert json.loads(again)["memory"] == json.loads(out)["memory"]
