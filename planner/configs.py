@@ -22,6 +22,7 @@ from vramplan.planner.frameworks import (
     TRANSFORMERS,
     Framework,
     is_on,
+    same,
 )
 from vramplan.planner.training import OPTIONS, read_value, unused
 
@@ -135,6 +136,7 @@ def interpret(
         if key not in ignore and (value is not None or key in framework.nullable)
     }
     view = {key: value for key, value in framework.defaults.items() if key not in ignore} | given
+    view |= _overridden(framework, asked)
     model = _model(framework, given, marked, asked)
     options, sources = _options(framework, given, view, marked, asked, model)
     refused, notes = _remarks(framework, given, view)
@@ -281,6 +283,15 @@ def _options(
         if name == "method":
             method = options.get("method")
     return options, sources
+
+
+def _overridden(framework: Framework, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that the command line goes before: other options follow from the batch, for example."""
+    return {
+        rule.keys[0]: read_value(OPTIONS[name], asked[name])
+        for name, rule in framework.rules.items()
+        if rule.value is same and asked.get(name) is not None
+    }
 
 
 def _by_key(

@@ -154,6 +154,7 @@ def _children(node: Any) -> Iterator[yaml.Node]:
 _CALLS = frozenset(
     ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig", "LoraConfig", "BitsAndBytesConfig", "tokenizer")
 )
+_ENABLE = "gradient_checkpointing_enable()"  # PEFT's preparation calls it too, unless told otherwise
 _UNSLOTH = ("FastLanguageModel", "FastModel")
 _TRAINERS = frozenset(("Trainer", "Seq2SeqTrainer", "SFTTrainer"))
 
@@ -161,8 +162,8 @@ _TRAINERS = frozenset(("Trainer", "Seq2SeqTrainer", "SFTTrainer"))
 def _python(text: str) -> dict[str, Any]:
     """The keyword arguments of the calls that set up a training run, and the script's constants in capitals.
 
-    `trainer` is the trainer's class, `model` what from_pretrained is given, and `prepare_model_for_kbit_training`
-    whether that is called.
+    `trainer` is the trainer's class, `model` what from_pretrained is given, `prepare_model_for_kbit_training` whether
+    that is called; a name with "()" stands for a call.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's own, of odd escapes and comparisons
@@ -192,6 +193,11 @@ def _said(call: ast.Call, constants: dict[str, Any]) -> Iterator[tuple[str, Any]
         yield "trainer", name
     elif name == "prepare_model_for_kbit_training":
         yield name, True
+        said = {each.arg: _value(each.value, constants) for each in call.keywords}
+        if (checkpointing := said.get("use_gradient_checkpointing", True)) is not False:
+            yield _ENABLE, checkpointing
+    elif f"{name}()" == _ENABLE:
+        yield _ENABLE, True
     elif name == "setdefault" and len(call.args) == 2:  # os.environ's
         key, value = (_value(arg, constants) for arg in call.args)
         if isinstance(key, str) and key.startswith("PYTORCH_"):

@@ -89,11 +89,12 @@ def is_on(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------- values of options
 
 
-def _same(value: Any) -> Any:
+def same(value: Any) -> Any:
+    """The value as it stands."""
     return value
 
 
-def _one(key: str, value: Callable[[Any], Any] = _same) -> Rule:
+def _one(key: str, value: Callable[[Any], Any] = same) -> Rule:
     return Rule((key,), value)
 
 
@@ -151,7 +152,8 @@ _HF_BATCH = "per_device_train_batch_size"
 _HF_STEP = (_HF_BATCH, "gradient_accumulation_steps")
 # transformers 5.23 renamed it; the new name is the stronger one.
 _CHECKPOINTING = Rule(
-    ("gradient_checkpointing", "activation_checkpointing"), lambda old, new: old if new is None else new
+    ("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_enable()"),
+    lambda old, new, called: called or (old if new is None else new),
 )
 # The rows that every framework on transformers' TrainingArguments shares.
 _HF_RULES = {
@@ -264,8 +266,6 @@ def _base_dtype(dtype: Any, method: str, autocast: str) -> Any:
 _CALLS = frozenset(("TrainingArguments()", "Seq2SeqTrainingArguments()", "SFTConfig()", "BitsAndBytesConfig()"))
 _METHOD_KEYS = ("peft_type", "LoraConfig()", "load_in_4bit", "load_in_8bit")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
 _WEIGHTS_KEYS = ("dtype", "torch_dtype", "bf16", "fp16", *_METHOD_KEYS)
 
 
@@ -650,12 +650,12 @@ AXOLOTL = Framework(
 
 
 def _factory_method(kind: Any, bits: Any, way: Any) -> str:
-    if kind == "full":
-        return "full"
-    if kind != "lora":
+    if kind not in ("lora", "full"):
         raise unknown("finetuning_type", kind, ("lora", "full"), "--method")
     if bits is None:
-        return "lora"
+        return str(kind)
+    if kind == "full":
+        raise UsageError("quantised weights cannot be trained; choose finetuning_type: lora, or --method full")
     if bits not in (4, "4") or way not in ("bnb", "bitsandbytes", None):
         raise UsageError(f"{shown(bits)} bits by {way} cannot be planned; only 4 bits by bitsandbytes can (--method)")
     return "qlora"

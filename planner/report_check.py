@@ -21,7 +21,7 @@ _MOST_KEYS = 12  # without an effect on memory, shown by name
 
 def print_check(reading: Reading, plan: Plan, *, explain: bool, advice: bool, timeline: bool) -> None:
     """The reading, then the plan as `vramplan plan` prints it."""
-    said = f"{' and '.join(reading.files)}: {reading.framework.title}, by {', '.join(reading.evidence)}"
+    said = f"{printable(' and '.join(reading.files))}: {reading.framework.title}, by {', '.join(reading.evidence)}"
     page = [Block("", "<", [Row((said,), "bold")]), _options(reading, plan)]
     if others := list(_otherwise(reading)):
         page.append(Block("Otherwise than in the file", "<<", [Row(("-", text)) for text in others]))

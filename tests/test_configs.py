@@ -388,6 +388,14 @@ def test_notes() -> None:
     assert noted("trl", {"eval_strategy": "steps"}) == ["eval_strategy"]
 
 
+def test_what_follows_from_the_batch_follows_the_command_line_too() -> None:
+    values = BASE["trl"] | {"max_steps": 10, "per_device_train_batch_size": 4}
+    said = interpret(values, TRL).options
+    assert (said["padded"], said["examples"]) == (True, 40)
+    said = interpret(values, TRL, asked={"batch_size": "1"}).options
+    assert (said["padded"], said["examples"]) == (False, 10)
+
+
 def test_unknown_keys_are_named_with_the_one_that_may_be_meant() -> None:
     values = BASE["axolotl"] | {"micro_batchsize": 4, "frobnicate": 1}
     assert interpret(values, FRAMEWORKS["axolotl"]).unknown == (
@@ -470,6 +478,15 @@ def test_scripts(write: Any) -> None:
     assert "FastLanguageModel() cannot be planned: Unsloth's kernels" in wrong(write(unsloth, "a.py"))
     assert "calls neither TrainingArguments nor SFTConfig" in wrong(write("print()", "a.py"))
     assert "leave out --from axolotl" in wrong(write(arguments, "a.py"), framework="axolotl")
+    call = "AutoModelForCausalLM.from_pretrained('gpt2')\nTrainingArguments('out')\n"
+    checkpointed = {
+        "": False,
+        "model.gradient_checkpointing_enable()": True,
+        "model = prepare_model_for_kbit_training(model)": True,
+        "model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)": False,
+    }
+    for line, on in checkpointed.items():
+        assert read([write(call + line, "a.py")]).options["gradient_checkpointing"] is on, line
     trl = write("SFTConfig(output_dir='out')\nAutoModelForCausalLM.from_pretrained(name)", "a.py")
     assert "the model is worked out in line 2" in wrong(trl)
     reading = read([trl], model="gpt2")
@@ -495,6 +512,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("axolotl", {"lora_target_linear": None, "lora_target_modules": r".*_proj"}, "is a regular expression"),
     ("axolotl", {"base_model": 7}, "base_model names no model"),
     ("llamafactory", {"finetuning_type": "freeze"}, "unknown finetuning_type 'freeze'"),
+    ("llamafactory", {"quantization_bit": 4, "finetuning_type": "full"}, "quantised weights cannot be trained"),
     ("llamafactory", {"quantization_bit": 8}, "8 bits by bnb cannot be planned"),
     ("llamafactory", {"quantization_bit": 4, "quantization_method": "hqq"}, "4 bits by hqq cannot be planned"),
     ("llamafactory", {"flash_attn": "fa3"}, "unknown flash_attn 'fa3'"),
@@ -595,3 +613,48 @@ def test_the_command_that_check_names_is_the_same_plan(run: Any) -> None:
     assert line.startswith("vramplan google/gemma-2-2b --method lora")
     _, again, _ = run(f"{line.removeprefix('vramplan ')} --json")
     assert json.loads(again)["memory"] == json.loads(out)["memory"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the document
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "configs.md"
+
+
+def tables() -> str:
+    """Every framework's rows: which keys make which option, what fixes the others, and what is refused."""
+    parts = []
+    for name in ("axolotl", "llamafactory", "trl", "transformers"):
+        framework = FRAMEWORKS[name]
+        parts += [f"### {framework.title}", "", "| option | keys | left out |", "|---|---|---|"]
+        parts.append(f"| model | {code(framework.model)} | |")
+        for option, rule in framework.rules.items():
+            default = next((str(framework.defaults[key]) for key in rule.keys if key in framework.defaults), "")
+            parts.append(f"| {option} | {code(rule.keys)} | {default} |")
+        parts += [f"| {option} | none: {why} | {value} |" for option, (value, why) in framework.fixed.items()]
+        refused = {
+            always: dict.fromkeys(
+                key for each in framework.remarks if each.refused and (each.when is None) == always for key in each.keys
+            )
+            for always in (True, False)
+        }
+        parts += ["", f"Refused where they are switched on: {code(refused[True])}.", ""]
+        parts += [f"Refused with some values: {code(refused[False])}.", ""]
+    return "\n".join(parts).rstrip()
+
+
+def code(keys: Any) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
+
+
+def written(text: str) -> str:
+    before, _, rest = text.partition("<!-- keys -->\n")
+    return f"{before}<!-- keys -->\n{tables()}\n<!-- /keys -->{rest.partition('<!-- /keys -->')[2]}"
+
+
+def test_the_document_has_the_tables_of_today() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    assert text == written(text), "python tests/test_configs.py writes them anew"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text("utf-8")), "utf-8")
