@@ -193,7 +193,7 @@ def test_every_option_says_where_it_is_from() -> None:
     assert "learning_rate" in reading.harmless
 
 
-# ---------------------------------------------------------------------------------------------- the frameworks' facts
+# ------------------------------------------------------------------------------------------------ the frameworks' facts
 
 
 def defaults(of: type) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def test_the_table_of_keys_is_sorted_and_dated() -> None:
         assert part["harmless"] == sorted(set(part["harmless"]))
 
 
-# --------------------------------------------------------------------------------------------------- keys that matter
+# ----------------------------------------------------------------------------------------------------- keys that matter
 
 BASE: dict[str, dict[str, Any]] = {
     "axolotl": {"base_model": "gpt2", "lora_r": 8, "lora_target_linear": True, "adapter": "lora"},
@@ -404,7 +404,7 @@ def test_unknown_keys_are_named_with_the_one_that_may_be_meant() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------- whose config it is
+# --------------------------------------------------------------------------------------------------- whose config it is
 
 
 @pytest.fixture
@@ -553,7 +553,7 @@ def test_any_config_is_read_or_refused(config: tuple[Framework, dict[str, Any]])
     json.dumps(reading.to_dict())
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -615,7 +615,7 @@ def test_the_command_that_check_names_is_the_same_plan(run: Any) -> None:
     assert json.loads(again)["memory"] == json.loads(out)["memory"]
 
 
-# ----------------------------------------------------------------------------------------------------------- the document
+# --------------------------------------------------------------------------------------------------------- the document
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configs.md"
 
@@ -625,12 +625,10 @@ def tables() -> str:
     parts = []
     for name in ("axolotl", "llamafactory", "trl", "transformers"):
         framework = FRAMEWORKS[name]
-        parts += [f"### {framework.title}", "", "| option | keys | left out |", "|---|---|---|"]
-        parts.append(f"| model | {code(framework.model)} | |")
-        for option, rule in framework.rules.items():
-            default = next((str(framework.defaults[key]) for key in rule.keys if key in framework.defaults), "")
-            parts.append(f"| {option} | {code(rule.keys)} | {default} |")
-        parts += [f"| {option} | none: {why} | {value} |" for option, (value, why) in framework.fixed.items()]
+        parts += [f"### {framework.title}", "", "| option | keys, and what they are where left out |", "|---|---|"]
+        parts.append(f"| model | {code(framework.model)} |")
+        parts += [f"| {option} | {code(rule.keys, framework.defaults)} |" for option, rule in framework.rules.items()]
+        parts += [f"| {option} | always {value}: {why} |" for option, (value, why) in framework.fixed.items()]
         refused = {
             always: dict.fromkeys(
                 key for each in framework.remarks if each.refused and (each.when is None) == always for key in each.keys
@@ -642,8 +640,8 @@ def tables() -> str:
     return "\n".join(parts).rstrip()
 
 
-def code(keys: Any) -> str:
-    return ", ".join(f"`{key}`" for key in keys)
+def code(keys: Any, defaults: Any = ()) -> str:
+    return ", ".join(f"`{key}` ({defaults[key]})" if key in defaults else f"`{key}`" for key in keys)
 
 
 def written(text: str) -> str:
