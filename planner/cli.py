@@ -197,7 +197,11 @@ def check(
 
     machine = _asked(None, **{name: options.pop(name) for name in ("gpu", "stack", "calibration", "prices")})
     reading = configs.read(files, framework=framework, ignore=ignore, **_asked(None, **options))
-    made = make(reading.model, **machine, **reading.options)
+    asked = {"model": reading.model, **machine, **reading.options}
+    try:
+        made = make(**asked)
+    except UnknownArchitecture as error:
+        return _kept(asked, error, as_json)
     if as_json:
         report.print_json(_as_dict(made, advice) | {"read": reading.to_dict()})
     else:
