@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 METHODS = ("full", "lora", "qlora")  # the most demanding first
 OVER = ("batch_size", "seq_len", "rank", "method")
+MOST_TOKENS = 2**20  # of a sequence, where the model has no limit of its own
 # Sizes that are tried; of sequences up to the model's positions.
 _SIZES: dict[str, Sequence[int]] = {
     "batch_size": range(1, 2**16 + 1),
-    "seq_len": range(128, 2**20 + 1, 128),
+    "seq_len": range(128, MOST_TOKENS + 1, 128),
     "rank": [2**i for i in range(20)],
 }
 _COARSE = 32

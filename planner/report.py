@@ -65,6 +65,11 @@ def print_json(data: object) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def print_text(text: str) -> None:
+    """`text` on stdout, as it is."""
+    sys.stdout.write(text)
+
+
 # ---------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -246,10 +251,10 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
         shown.append(fastest)
     rows = [Row(("$", "hours", "", "kWh", "GPU", "offer"), "dim")]
     for each in shown:
-        span = f"{hours(each.hours_low)}-{hours(each.hours_high)}"
+        span = f"{short(each.hours_low)}-{short(each.hours_high)}"
         kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
-        rows.append(Row((f"{each.usd:.2f}", hours(each.hours), span, kwh, each.offer.gpu, by)))
+        rows.append(Row((f"{each.usd:.2f}", short(each.hours), span, kwh, each.offer.gpu, by)))
     return Block(heading, ">>>><<", rows)
 
 
@@ -275,9 +280,9 @@ def _without_offer(plan: Plan) -> str:
     return f"no known offer of {plan.fit.gpu.name}; a file of your own may have one (--prices)"
 
 
-def hours(count: float) -> str:
-    """Hours with as many decimals as say something."""
-    return f"{count:.0f}" if count >= 100 else f"{count:.1f}" if count >= 1 else f"{count:.2f}"
+def short(value: float) -> str:
+    """Hours or kWh with as many decimals as say something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def offered(made: Cost) -> str:

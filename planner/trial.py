@@ -6,6 +6,7 @@ twentieth of a replay's time (quick.py).
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ def command(
     gpu: str | None = None,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
+    prices: str | os.PathLike[str] | None = None,
     *,
     name: str = "",
 ) -> str:
@@ -50,7 +52,11 @@ def command(
         words += ["--gpu", shlex.quote(gpu)]
     if versions:
         words += ["--stack", shlex.quote(versions)]
-    return " ".join([*filter(None, words), *([] if calibration else ["--no-calibration"])])
+    if not calibration:
+        words.append("--no-calibration")
+    if prices is not None:
+        words += ["--prices", shlex.quote(os.fspath(prices))]
+    return " ".join(filter(None, words))
 
 
 def one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:

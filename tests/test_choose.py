@@ -63,6 +63,11 @@ def named(way: Way | None) -> tuple[str, str, str, str]:
     return way.tried.method, way.cost.offer.gpu, way.cost.offer.provider, way.cost.offer.kind
 
 
+def words(found: Choice) -> str:
+    """The page, however it is wrapped."""
+    return " ".join("\n".join(plain(choice_page(found))).split())
+
+
 def alone(prices: Path, **asked: Any) -> Choice:
     return choose(MODEL, prices=prices, method="lora", **ASKED, **asked)
 
@@ -97,7 +102,8 @@ def test_each_way_is_the_plans_own(every: Choice, prices: Path) -> None:
         assert way.cost.hours == pytest.approx(cost.work(made.options).steps * made.time.step_s / 3600)
         assert way.cost.hours_low <= way.cost.hours <= way.cost.hours_high
         assert way.cost.usd == pytest.approx(way.cost.hours * way.cost.offer.usd_per_hour)
-        assert way.tried.command == f"vramplan llama --method {method} --batch-size 8 --examples 200000 --gpu {gpu}"
+        line = f"vramplan llama --method {method} --batch-size 8 --examples 200000 --gpu {gpu} --prices {prices}"
+        assert way.tried.command == line
 
 
 def test_cards_without_bf16_are_planned_in_fp16(every: Choice) -> None:
@@ -105,7 +111,7 @@ def test_cards_without_bf16_are_planned_in_fp16(every: Choice) -> None:
     assert options["t4"]
     assert options["h100"]
     assert (options["t4"].mixed_precision, options["h100"].mixed_precision) == ("fp16", "bf16")
-    page = " ".join("\n".join(plain(choice_page(every))).split())
+    page = words(every)
     assert "without bf16, and so planned in fp16: t4" in page
 
 
@@ -179,7 +185,7 @@ def test_the_slow_end_may_be_beyond(prices: Path) -> None:
     found = alone(prices, gpu="rtx-4090", deadline=f"{between:.0f}s")
     assert found.cheapest
     assert not found.certain(found.cheapest)
-    assert "beyond if slow" in " ".join("\n".join(plain(choice_page(found))).split())
+    assert "beyond if slow" in words(found)
 
 
 def test_nothing_within_says_what_is_closest(prices: Path, run: Any) -> None:
@@ -194,9 +200,10 @@ def test_nothing_within_says_what_is_closest(prices: Path, run: Any) -> None:
     assert found.closest
     assert worst[id(found.closest)] == min(worst.values())
     assert found.ways[0] in found.shortlist
-    page = " ".join("\n".join(plain(choice_page(found))).split())
+    page = words(found)
     assert "none of 6 ways is within $0.01 and" in page
     assert "closest lora on" in page
+    assert " h beyond the deadline" in page
     code, out, err = run("choose ./config.json --prices my-prices.csv --deadline 1s --json")
     assert (code, err) == (1, "")
     answer = json.loads(out)
@@ -209,12 +216,13 @@ def test_a_budget_of_nothing_is_for_what_is_free(prices: Path) -> None:
     assert {way.cost.offer.provider for way in found.within} == {"free"}
     none = alone(prices, budget="0", gpu="h100")
     assert none.closest is none.ways[0]
+    assert " above the budget" in words(none)
 
 
 def test_no_gpu_holds_it(prices: Path, run: Any) -> None:
     found = choose("llama-3.1-405b", prices=prices, method="full")
     assert (found.ways, found.closest, found.shortlist) == ((), None, ())
-    page = " ".join("\n".join(plain(choice_page(found))).split())
+    page = words(found)
     assert "no GPU with an offer holds it" in page
     assert "h100 comes closest, " in page
     assert run("choose llama-3.1-405b --method full --prices my-prices.csv")[0] == 1
@@ -223,16 +231,14 @@ def test_no_gpu_holds_it(prices: Path, run: Any) -> None:
 def test_what_a_card_lacks_is_left_out(prices: Path) -> None:
     found = alone(prices, attention="flash_attention_2")
     assert {way.cost.offer.gpu for way in found.ways} == {"rtx-4090", "h100"}
-    assert "lack flash_attention_2: t4" in " ".join("\n".join(plain(choice_page(found))).split())
+    assert "lack flash_attention_2: t4" in words(found)
 
 
 def test_a_method_that_cannot_be_is_said(prices: Path) -> None:
     both = {"weights_dtype": "fp16", "mixed_precision": "fp16", "gpu": "h100"}
     found = choose(MODEL, prices=prices, **both)
     assert {way.tried.method for way in found.ways} == {"qlora", "lora"}
-    assert "full: mixed_precision fp16 cannot train fp16 weights" in " ".join(
-        "\n".join(plain(choice_page(found))).split()
-    )
+    assert "full: mixed_precision fp16 cannot train fp16 weights" in words(found)
 
 
 # ------------------------------------------------------------------------------------ wrong questions
@@ -286,7 +292,7 @@ def test_the_page(every: Choice) -> None:
     assert "cheapest  " in page
     assert "fastest   " in page
     for way in every.shortlist:
-        assert way.tried.command in page
+        assert " ".join(way.tried.command.split()) in " ".join(page.replace("\\\n", "").split())
     sessions = every.ways[0].cost.sessions
     assert sessions > 1
     assert f"{sessions} sessions of 1 h" in " ".join(page.split())
