@@ -264,7 +264,7 @@ def breakdown(given: Sequence[Bar]) -> Spec:
         "title": None,
         "axis": {"domain": False, "ticks": False},
     }
-    across: Spec = {"type": "quantitative", "title": "GiB"}
+    across: Spec = {"type": "quantitative", "title": "GiB", "axis": {"tickCount": 8}}
     colour = {"field": "part", "type": "nominal", "legend": None}
     return {
         "width": "container",
