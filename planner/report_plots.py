@@ -115,10 +115,7 @@ def draw(file: str, what: str, made: Plan | Capacity | Sequence[Score], command:
     """
     ending = ready(file)
     drawn: Any = {"timeline": timeline, "breakdown": breakdown, "frontier": frontier, "accuracy": accuracy}[what]
-    dated = {
-        "svg": {"Date": None, "Creator": None},
-        "pdf": {"CreationDate": None},
-    }  # the day is in the caption, a time in no file
+    undated = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}  # the day is in the caption
     out = io.BytesIO()
     with _style():
         figure = drawn(made)
@@ -130,7 +127,7 @@ def draw(file: str, what: str, made: Plan | Capacity | Sequence[Score], command:
             legend.set_bbox_to_anchor((0, bottom / height))
             bottom += 0.21 * -(-len(legend.get_texts()) // _COLUMNS) + 0.1
         figure.get_layout_engine().set(rect=(0, bottom / height, 1, 1 - bottom / height))
-        figure.savefig(out, format=ending, metadata=dated.get(ending))
+        figure.savefig(out, format=ending, metadata=undated.get(ending))
     save(Path(file), out.getvalue(), "--plot")
 
 
