@@ -8,19 +8,19 @@ tensor and for how long, because that decides what is alive at a peak.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vramplan.planner import activations, few_tokens, latent, moe, older_attention, ops
 from vramplan.planner import attention as kernels
 from vramplan.planner.layers import Mlp
-from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tensor
+from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tape, Tensor
 from vramplan.planner.rotary import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vramplan.planner.cache import Cache
     from vramplan.planner.layers import Attention, Layer, Module, Moe
-    from vramplan.planner.paper import Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,18 @@ class Settings:
     multiprocessors: Multiprocessors = H200
     torch: tuple[int, int] = (2, 11)  # the version whose rules are played
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
+    mode: Literal["training", "evaluation", "generation"] = "training"
+    past: int = 0  # tokens of each row that the cache holds: seq is what comes to them
 
     @property
     def frozen_dtype(self) -> str:
         """The dtype of base weights that are not quantised."""
         return "fp32" if self.method == "qlora" and self.prepare_kbit else self.weights_dtype
+
+    @property
+    def tape(self) -> Tape:
+        """An empty tape in the modes that a forward begins in."""
+        return Tape(self.autocast, self.multiprocessors, grad=self.mode == "training")
 
 
 @dataclass(slots=True)
@@ -447,6 +454,7 @@ class Shared:
     positions: Tensor | None = None
     tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    cache: Cache | None = None  # of the one layer that reads this, while it generates
 
     def of(self, kind: str, made: Callable[[Tensor, str], Tensor]) -> Shared:
         """What a layer of one type reads, each tensor as `made` gives it."""
@@ -495,6 +503,8 @@ def self_attention(
     parts: list[Tensor] = []
     if a.rotary_dim:
         q, k, parts = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
     mask = shared.masks.get(kind)
     out, weights = kernels.attend(tape, q, k, v, a, s, mask, family=layer.family)
     tape.scope = a.o
@@ -511,6 +521,8 @@ def _latent_attention(
     a = layer.attention
     q, k, v, kept = latent.queries_keys_values(tape, x, layer, held, s, shared)
     tape.scope = "self_attn"
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
     out, weights = kernels.attend(tape, q, k, v, a, s, shared.masks.get(layer_type(a)))
     tape.scope = a.o
     out = project(tape, out, held.projections[a.o], s)
