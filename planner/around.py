@@ -362,6 +362,11 @@ def predicted(tape: Tape, outputs: list[Outputs]) -> Tensor:
     return tape.new((), "fp32", "loss, mean")
 
 
+def without_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Outputs:
+    """The logits of every position, where the loss has been made without them."""
+    return Outputs(head(tape, architecture, hidden, held, s), tape.new((), "fp32", "loss"))
+
+
 def last_logits(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Outputs:
     """The head on each row's last position alone: generate() asks for `logits_to_keep=1`."""
     logits = head(tape, architecture, ops.part(tape, hidden, (s.batch, 1, hidden.shape[-1])), held, s)

@@ -64,9 +64,7 @@ def choose(
     return "math"
 
 
-def _cudnn_takes(
-    capability: tuple[int, int] | None, d: int, value_d: int, torch: tuple[int, int], grad: bool
-) -> bool:
+def _cudnn_takes(capability: tuple[int, int] | None, d: int, value_d: int, torch: tuple[int, int], grad: bool) -> bool:
     """check_prefer_cudnn_attention and check_cudnn_tensor_shapes."""
     if capability is None or capability[0] not in (9, 10) or capability[1] not in (0, 3) or d % 8 or value_d % 8:
         return False

@@ -68,7 +68,7 @@ class Moment:
 class Phase:
     """One phase of a run: the bytes of its peaks, where the highest is, what is alive there (the rows sum to it).
 
-    `where` says in which process and state it happens.
+    `where` says in which process and state it is, where that is not training itself.
     """
 
     name: str
@@ -88,7 +88,7 @@ class MemoryEstimate:
     what CUDA counts as the GPU's memory. `paged_bytes` are optimizer states in managed memory, which the driver moves
     off the GPU when room is short: they are in none of the other figures. Under a limit, `retries` is how often PyTorch
     gives its whole cache back to make room, and `out_of_memory` the phase in which that is not enough: figures are then
-    those up to there. `phases` are those that were asked for; the figures are those of the one that reserves the most.
+    those up to there. `phases` are those that were asked for; the figures are of `phase`, which reserves the most.
     """
 
     components: tuple[Component, ...]
@@ -104,6 +104,7 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
     retries: int = 0
     out_of_memory: str = ""
+    phase: str = "training"
     phases: tuple[Phase, ...] = ()
 
     @property
@@ -192,11 +193,16 @@ def estimate(
     allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
     sources = SOURCES | TRAINERS[options.trainer].sources
     made = replay(run, options, on, sources, limit_bytes, allocator)
+    steps = Phase(
+        "training", "", made.peak_allocated_bytes, made.peak_reserved_bytes, made.peak_phase, made.components,
+        made.timeline,
+    )  # fmt: skip
+    made = replace(made, phases=(steps,))
     if options.phases != ("training",) and not made.out_of_memory:
         from vramplan.planner import phases
 
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
-    return replace(made, notes=_notes(run, on))
+    return replace(made, notes=_notes(run, on, made.phases))
 
 
 class Played(Protocol):
@@ -355,9 +361,9 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, on: Device) -> tuple[str, ...]:
+def _notes(run: Run, on: Device, phases: Sequence[Phase]) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
-    notes: list[str] = []
+    notes = [f"{phase.name}: {phase.where}" for phase in phases if phase.where]
     s = run.settings
     if s.frozen_dtype != s.weights_dtype:
         wide = 4 * run.plain_parameters

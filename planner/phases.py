@@ -13,23 +13,22 @@ peft/peft_model.py (from_pretrained, load_adapter), peft/tuners/lora/layer.py (m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vramplan.planner import around, loading, memory, step
+from vramplan.planner import around, loading, memory
 from vramplan.planner.allocator import Allocator
-from vramplan.planner.cache import Cache
 from vramplan.planner.memory import Moment, Phase
 from vramplan.planner.paper import ITEMSIZE
-from vramplan.planner.run import Stretch, alive, dtype_of, last_frees_only, linked, moved
+from vramplan.planner.passes import Passes
+from vramplan.planner.run import Stretch, alive
 from vramplan.planner.step import NOWHERE
-from vramplan.planner.trainer import TRAINERS, Trainer
+from vramplan.planner.trainer import TRAINERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from vramplan.planner.allocator import OutOfMemory
-    from vramplan.planner.blocks import Settings
     from vramplan.planner.device import Device
     from vramplan.planner.memory import MemoryEstimate
     from vramplan.planner.parameters import ParameterCounts
@@ -38,97 +37,14 @@ if TYPE_CHECKING:
 
 EMPTIED = "cache given back"  # a stretch of this name is torch.cuda.empty_cache()
 WHERE = {
-    "training": "the steps of the Trainer",
-    "loading": "a process that loads the base, prepares it and adds the adapter",
-    "evaluation": "Trainer.evaluate after a step: optimizer states and training's cache are there, gradients are not",
-    "saving": "a checkpoint after a step: weights and states are copied to the host one by one",
-    "generation": "model.generate in eval mode when training has ended, its optimizer still there; greedy, DynamicCache",
-    "merging": "a process of its own: the base in 16 bit, the adapter from its file, merge_and_unload()",
+    "loading": "in a process of its own, from_pretrained with a device_map, k-bit preparation, a new adapter",
+    "evaluation": "after a step, in the Trainer's loop: optimizer states and training's cache are there, gradients not",
+    "saving": "a checkpoint after a step; tensors go to the host one by one",
+    "generation": "model.generate in eval mode when training has ended, its optimizer and cache still there; greedy",
+    "merging": "in a process of its own, the base in 16 bit, the adapter from its file, merge_and_unload",
 }
 _BATCHES = 4  # of an evaluation, played before its last
 _TOKENS = 256  # of a generation that are played; of more, every second, third, ...
-
-
-@dataclass(slots=True)
-class Passes:
-    """Forward passes without gradients, one after another, on the program of a run."""
-
-    run: Run
-    cached: list[list[int]] = field(default_factory=list)  # ids of each layer's keys and values
-    _caches: dict[tuple[object, ...], Cache] = field(default_factory=dict)
-
-    def forward(self, s: Settings, trainer: Trainer, name: str) -> tuple[list[Stretch], list[int]]:
-        """One pass under `name`, and the ids of what it leaves beside keys and values."""
-        run, a = self.run, self.run.architecture
-        inner = step.embedded_dtype(a, run.outer, s)
-        shared = step.shared(a, run.outer, s)
-        played: dict[tuple[object, ...], step.Piece] = {}
-        pieces: list[step.Piece] = []
-        dtype = inner
-        for layer, signature in enumerate(run.signatures):
-            key = (*signature, dtype)
-            if key not in played:
-                kind = a.kinds[a.order[layer]]
-                cache = None
-                if s.mode == "generation":
-                    cache = self._caches.setdefault(key, Cache(kind.attention.sliding_window))
-                    cache.holds(s.past)
-                played[key] = step.play_layer(
-                    kind, run.layers[layer], s, shared, dtype, a.hidden_size, False, False, cache
-                )
-            pieces.append(played[key])
-            dtype = dtype_of(played[key].sizes[played[key].made], s, a.hidden_size)
-        outer = step.play_around(a, run.outer, s, inner, dtype, False, False, trainer)
-        return self._put_together(pieces, outer, name)
-
-    def _put_together(
-        self, pieces: Sequence[step.Piece], outer: step.Around, name: str
-    ) -> tuple[list[Stretch], list[int]]:
-        """Layers of one kind share the ids of what is gone when they return; the rest is each one's own."""
-        program = self.run.program
-        base = program.place(outer.tape)
-        bases = {id(piece): program.place(piece) for piece in pieces}
-        stays = {id(piece): alive(piece.forward) - {piece.made} for piece in pieces}
-        current = base + outer.embeds
-        several = {current, *(base + i for i in outer.shared.values())}
-        start, left, _ = outer.split
-        stretches: list[Stretch] = []
-        positions: list[tuple[int, ...]] = []
-        leaving: list[Stretch] = []
-
-        def add(to: list[Stretch], title: str, events: Sequence[int], at: int, links: dict[int, int]) -> None:
-            places = linked(events, links)
-            if to is stretches:
-                positions.append(places)
-            to.append(Stretch(title, moved(events, at, links, places)))
-
-        def own(piece: step.Piece, i: int, part: str = "") -> int:
-            return program.new(piece.sizes[i], piece.labels[i], part, piece.scopes[i])
-
-        beside = {i - base: i for i in several}
-        add(stretches, f"{name}, embeddings", outer.events[:start], base, beside)
-        cached, self.cached = self.cached, []
-        for number, piece in enumerate(pieces):
-            links = {i: base + outer.shared[shared] for shared, i in piece.shared.items()}
-            links |= {i: own(piece, i) for i in stays[id(piece)]}
-            links |= {piece.given: current, piece.made: own(piece, piece.made)}
-            if piece.cache:
-                *old, keys, values = piece.cache
-                links |= dict(zip(old, cached[number] if cached else (), strict=True))
-                links |= {i: own(piece, i, "KV cache") for i in (keys, values)}
-                self.cached.append([links[keys], links[values]])
-            at = bases[id(piece)]
-            add(stretches, f"{name}, layer {number}", piece.forward, at, links)
-            add(leaving, "autocast ends", piece.leaving, at, links)
-            current = links[piece.made]
-        beside[outer.hidden] = current
-        add(stretches, f"{name}, head", outer.events[start:left], base, beside)
-        last_frees_only(stretches, positions, several)
-        stretches += [stretch for stretch in leaving if stretch.events]
-        stretches.append(Stretch(f"{name}, outputs", moved(outer.events[left:], base, {}, ())))
-        events = (e for stretch in stretches for e in stretch.events)
-        held = {i for pair in self.cached for i in pair}
-        return stretches, sorted(alive(events) - held)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -143,7 +59,11 @@ def evaluation(run: Run, options: TrainingOptions) -> Iterator[Stretch]:
     if keeps:
         with_logits = replace(TRAINERS["transformers"], loss=around.predicted)
         # SFTTrainer scores without logits, and runs the model once more for them
-        passes = [with_logits] if options.trainer == "transformers" else [*passes, replace(with_logits, forward=_head)]
+        passes = (
+            [with_logits]
+            if options.trainer == "transformers"
+            else [*passes, replace(with_logits, forward=around.without_loss)]
+        )
     batch: list[int] = []
     kept = _Kept(), _Kept(), _Kept()
     losses, logits, labels = kept
@@ -207,11 +127,6 @@ def _ended(batch: Sequence[int], kept: Sequence[_Kept]) -> list[int]:
     return sorted(held)
 
 
-def _head(tape, architecture, hidden, held, s):  # type: ignore[no-untyped-def]
-    logits = around.head(tape, architecture, hidden, held, s)
-    return around.Outputs(logits, logits)
-
-
 def _numbers(options: TrainingOptions) -> list[int]:
     """The batches that are played: all of a few, else the first and the last two. Nothing grows where none is kept."""
     size, every = options.per_device_eval_batch_size, options.eval_accumulation_steps
@@ -252,16 +167,16 @@ def generation(run: Run, options: TrainingOptions) -> Iterator[Stretch]:
     passes, new = Passes(run), run.program.new
     given = [new(8 * batch * length, name, "batch") for name in ("input_ids", "attention_mask")]
     held = [new(8 * batch * length, "position_ids", "batch")]
-    yield Stretch("prompt", [2 * i for i in (*given, *held)])
+    yield Stretch("generation, inputs", [2 * i for i in (*given, *held)])
     ids: list[int] = []
     scores: list[int] = []
     every = -(-new_tokens // _TOKENS)
     for token in sorted({*range(0, new_tokens, every), new_tokens - 1}):
         past = length + token - 1 if token else 0
         now = replace(s, seq=1, past=past) if token else s
-        name = f"decode, token {token + 1}" if token else "prefill"
+        name = f"generation, token {token + 1}" if token else "generation, prompt"
         inputs = [new(8 * batch * now.seq, "input_ids, cloned", "batch")]
-        yield Stretch(f"{name}, inputs", [2 * i for i in inputs])
+        yield Stretch(f"{name}, input", [2 * i for i in inputs])
         stretches, kept = passes.forward(now, trainer, name)
         yield from stretches
         total = 8 * batch * (length + token + 1)
@@ -269,7 +184,7 @@ def generation(run: Run, options: TrainingOptions) -> Iterator[Stretch]:
         events += _grown(ids, new(total, "input_ids so far", "batch"))
         events += _grown(held, new(total, "position_ids", "batch"))
         scores = kept
-        yield Stretch(f"{name}, next token", events)
+        yield Stretch(f"{name}, outputs", events)
     gone = [*scores, *ids, *held, *given, *(i for pair in passes.cached for i in pair)]
     yield Stretch("generation ends", _frees(gone))
 
@@ -323,23 +238,19 @@ def with_others(
     `allocator` is as training has left it. Raises UsageError for what no machine holds.
     """
     found: dict[str, Phase] = {}
-    failed = ""
+    failed, retries = "", 0
     ours = {KEPT: "transformers/trainer_pt_utils.py, EvalLoopContainer", "KV cache": "transformers/cache_utils.py"}
     sources = {**sources, **ours}
-    alone = {"expandable_segments": options.expandable_segments, "limit_bytes": limit_bytes}
     for name in options.phases:
-        if name == "generation" and "evaluation" in options.phases:
-            _trained_on(run, allocator)
         if name == "training":
-            found[name] = Phase(
-                name, WHERE[name], training.peak_allocated_bytes, training.peak_reserved_bytes, training.peak_phase,
-                training.components, training.timeline,
-            )  # fmt: skip
+            found[name] = training.phases[0]
             continue
         if name in ("loading", "merging"):
             other = memory.run_of(run.architecture, merged(options) if name == "merging" else options, on, counts)
             played = _loading(other) if name == "loading" else merging(other, run.settings.adapter_dtype)
-            found[name], out = _replayed(name, other, played, Allocator(**alone), sources)
+            fresh = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+            found[name], out = _replayed(name, other, played, fresh, sources)
+            retries += fresh.retries
         else:
             played = {"evaluation": evaluation, "saving": saving, "generation": generation}[name](run, options)
             found[name], out = _replayed(name, run, played, allocator, sources)
@@ -348,18 +259,16 @@ def with_others(
         if out is not None:
             failed = found[name].peak_phase
             break
+        if name == "evaluation":  # training goes on, with the cache as it was left
+            after, _ = _replayed("training", run, iter(run.step(1)), allocator, sources)
+            if "training" in found and after.peak_reserved_bytes > found[name].peak_reserved_bytes:
+                found["training"] = replace(found["training"], peak_reserved_bytes=after.peak_reserved_bytes)
     top = max(found.values(), key=lambda phase: (phase.peak_reserved_bytes, phase.peak_allocated_bytes))
     return replace(
-        training, components=top.components, peak_allocated_bytes=top.peak_allocated_bytes,
+        training, phase=top.name, components=top.components, peak_allocated_bytes=top.peak_allocated_bytes,
         peak_reserved_bytes=top.peak_reserved_bytes, peak_phase=top.peak_phase, timeline=top.timeline,
-        phases=tuple(found.values()), out_of_memory=failed, retries=allocator.retries,
+        phases=tuple(found.values()), out_of_memory=failed, retries=allocator.retries + retries,
     )  # fmt: skip
-
-
-def _trained_on(run: Run, allocator: Allocator) -> None:
-    """A step more, which finds the cache as the evaluation has left it: generation comes when training has ended."""
-    for stretch in run.step(1):
-        allocator.replay(stretch.events, run.program.sizes)
 
 
 FLAGS = {
@@ -378,11 +287,11 @@ def merged(options: TrainingOptions) -> TrainingOptions:
 
 def _loading(run: Run) -> Iterator[Stretch]:
     loaded, prepared, adapter = loading.play(run, checkpoint=True)
-    yield loaded
+    yield Stretch("loading, weights", loaded.events)
     if prepared.events:
-        yield prepared
+        yield Stretch("loading, k-bit preparation", prepared.events)
         yield Stretch(EMPTIED, [])
-    yield adapter
+    yield Stretch("loading, adapter", adapter.events)
 
 
 def _replayed(
@@ -405,8 +314,8 @@ def _replayed(
             best, at = result.peak_allocated_bytes, (len(stretches) - 1, result.peak_allocated_event)
         if out := result.out_of_memory:
             break
-    number, event = at
+    number, event = at  # of an empty phase, what is held
     held = memory.alive_at(before, stretches[: number + 1], event)
     components = memory.components(program, held, best, sources)
     where = stretches[-1].name if out else stretches[number].name
-    return Phase(name, WHERE[name], best, reserved, where, components, tuple(moments)), out
+    return Phase(name, WHERE.get(name, ""), best, reserved, where, components, tuple(moments)), out

@@ -486,6 +486,7 @@ def _has_adapter(held: Held, name: str) -> bool:
 
 
 def dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:
+    """The dtype of hidden states [B, T, H] that take `nbytes`."""
     if nbytes == 4 * s.batch * s.seq * hidden_size:
         return "fp32"
     return s.autocast or s.weights_dtype

@@ -23,9 +23,10 @@ class Trainer:
 
     `forward(tape, architecture, hidden, held, s)` plays the head and whatever of the loss the model computes;
     `loss(tape, outputs)` the rest, on a list that holds the outputs alone and that it empties, and returns
-    the loss that backward starts from; `evaluated` is the same where an evaluation keeps nothing but the loss. `first_products` are labels of what autograd's first matrix product makes, or of
-    what is made right after it (not `product_made`): its thread takes a workspace there. `sources` says what rows of
-    the breakdown stand on, where that differs.
+    the loss that backward starts from; `evaluated` is the same where an evaluation keeps nothing but the loss.
+    `first_products` are labels of what autograd's first matrix product makes, or of what is made right after it (not
+    `product_made`): its thread takes a workspace there. `sources` says what rows of the breakdown stand on, where that
+    differs.
     """
 
     batch: tuple[str, ...]

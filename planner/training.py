@@ -28,12 +28,13 @@ _PREPARES_KBIT = {"transformers": True, "trl": False, "unsloth": False}
 _LORA = ("rank", "lora_alpha", "lora_dropout", "target_modules")
 _KBIT = ("double_quant", "prepare_kbit")
 _SHARDING = ("reshard_after_forward", "cpu_offload")
-PHASES = ("training", "loading", "evaluation", "saving", "generation", "merging")
-# What belongs to a phase alone.
+PHASES = ("loading", "training", "evaluation", "saving", "generation", "merging")
+# What belongs to a phase alone
 _OF_PHASES = {
     "evaluation": ("per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_examples"),
     "generation": ("generation_batch_size", "prompt_len", "max_new_tokens"),
 }
+PHASE_OPTIONS = ("phases", *(name for names in _OF_PHASES.values() for name in names))
 _MOST_TOKENS = 10**8  # ten times the longest context of any model
 _INTEGER = r"[+-]?\d{1,40}"
 _DECIMAL = r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(e[+-]?\d{1,3})?"  # no inf, no nan, no 1_000
@@ -120,14 +121,15 @@ OPTIONS = _options(
     Option("per_device_eval_batch_size", "integer", "8", "evaluation: sequences in one batch.", most=10**6),
     Option("prediction_loss_only", "flag", "yes", "evaluation: no compute_metrics, so that no logits are kept."),
     Option(
-        "eval_accumulation_steps", "integer", "none", "evaluation: batches until what is kept moves to the host.",
+        "eval_accumulation_steps",
+        "integer",
+        "none",
+        "evaluation: batches until what is kept moves to the host.",
         most=10**6,
     ),
     Option("eval_examples", "integer", "none", "evaluation: examples in all, where logits are kept.", most=10**9),
     Option("generation_batch_size", "integer", "1", "generation: prompts in one batch.", most=10**6),
-    Option(
-        "prompt_len", "integer", "seq_len - max_new_tokens", "generation: tokens of a prompt.", most=_MOST_TOKENS
-    ),
+    Option("prompt_len", "integer", "seq_len - max_new_tokens", "generation: tokens of a prompt.", most=_MOST_TOKENS),
     Option("max_new_tokens", "integer", "256", "generation: tokens after the prompt.", most=_MOST_TOKENS),
 )
 
@@ -234,6 +236,13 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version
 _SDPA_UNTIL = {"gemma2": (5, 20)}
+
+
+def refuse_phases(options: Mapping[str, object], what: str) -> None:
+    """Raises UsageError where phases are asked of what runs training steps alone."""
+    for name in PHASE_OPTIONS:
+        if options.get(name) is not None:
+            raise UsageError(f"{name} is for plans, and {what} runs training steps alone; leave it out")
 
 
 def settle(
