@@ -30,7 +30,9 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tu
         if module.kind == "embedding":
             weight, adapter = held.others[module.name]["weight"], held.factors.get(module.name)
             tokens = module.role == "token_embedding"
-            looked_up = embedding(tape, weight, (b, t), tokens or s.mode == "generation")
+            each_row = tokens or s.mode == "generation"
+            each_row |= s.mode == "evaluation" and architecture.model_type == "opt"  # whose positions are the mask's
+            looked_up = embedding(tape, weight, (b, t), each_row)
             if tokens and inside:
                 looked_up = ops.scale(tape, looked_up, "embeddings, scaled")
             # the hook of k-bit preparation comes before the adapter, the Trainer's after it

@@ -455,6 +455,7 @@ class Shared:
     tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     cache: Cache | None = None  # of the one layer that reads this, while it generates
+    returned: list[Tensor] = field(default_factory=list)  # what that layer returns beside its output
 
     def of(self, kind: str, made: Callable[[Tensor, str], Tensor]) -> Shared:
         """What a layer of one type reads, each tensor as `made` gives it."""
@@ -521,8 +522,6 @@ def _latent_attention(
     a = layer.attention
     q, k, v, kept = latent.queries_keys_values(tape, x, layer, held, s, shared)
     tape.scope = "self_attn"
-    if shared.cache is not None:
-        k, v = shared.cache.update(tape, k, v)
     out, weights = kernels.attend(tape, q, k, v, a, s, shared.masks.get(layer_type(a)))
     tape.scope = a.o
     out = project(tape, out, held.projections[a.o], s)
@@ -646,7 +645,10 @@ def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings, residual: Tensor
 
 
 def decoder_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
-    """One decoder layer; `x` is [B, T, H], held by the caller."""
+    """One decoder layer; `x` is [B, T, H], held by the caller.
+
+    Where the family's class returns the attention weights too, evaluation and generation hold them beyond the layer.
+    """
     if layer.family in _LAYERS:
         return _LAYERS[layer.family](tape, x, layer, held, s, shared)
     if layer.parallel:
@@ -681,6 +683,8 @@ def _parallel_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings
     given = [_norm(tape, x, layer.attention_norm, held)]
     second = given[0] if layer.mlp_norm == layer.attention_norm else None
     attended, _weights = self_attention(tape, given.pop(), layer, held, s, shared)
+    if layer.family == "gptj":
+        _return(tape, _weights, shared)
     if layer.family not in _DROPS_INSIDE:
         attended = ops.dropout(tape, attended, layer.attention.output_dropout)
     fed = _feed_forward(tape, second if second is not None else _norm(tape, x, layer.mlp_norm, held), layer, held, s)
@@ -697,6 +701,7 @@ def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, 
     if layer.parallel and layer.mlp_norm != layer.attention_norm:
         second = _norm(tape, x, layer.mlp_norm, held)
     attended, _weights = self_attention(tape, first, layer, held, s, shared)
+    _return(tape, _weights, shared)
     if not layer.parallel:
         residual = ops.add(tape, residual, ops.dropout(tape, attended, layer.attention.output_dropout), "residual")
         second = _norm(tape, residual, layer.mlp_norm, held)
@@ -706,10 +711,17 @@ def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, 
     return ops.add(tape, residual, fed, "residual")
 
 
+def _return(tape: Tape, weights: Tensor | None, shared: Shared) -> None:
+    """The block's tuple of outputs stays until the next block has returned (a training step saves them anyway)."""
+    if weights is not None and not tape.grad:
+        shared.returned.append(weights)
+
+
 def _bloom_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
     """BloomBlock: the attention adds the residual itself."""
     normed = _norm(tape, x, layer.attention_norm, held)
     hidden, _weights = older_attention.bloom(tape, normed, x, layer, held, s, shared)
+    _return(tape, _weights, shared)
     normed = _norm(tape, hidden, layer.mlp_norm, held)
     assert isinstance(layer.mlp, Mlp)
     return mlp(tape, normed, layer.mlp, held, s, residual=hidden)
@@ -719,6 +731,7 @@ def _mpt_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, sha
     """MptBlock: the attention's output and the norms' stay in locals until the block returns."""
     normed = _norm(tape, x, layer.attention_norm, held)
     attended, _weights = self_attention(tape, normed, layer, held, s, shared)
+    _return(tape, _weights, shared)
     hidden = ops.add(tape, attended, x, "residual")
     normed = _norm(tape, hidden, layer.mlp_norm, held)
     assert isinstance(layer.mlp, Mlp)

@@ -133,9 +133,12 @@ def batched(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, family: 
     parameters = held.others[m.experts]
     active = activate(tape, m.experts, held)
 
+    held_whole = []  # parametrize.cached keeps what a wrapper has made until the forward ends
+
     def copied(name: str) -> Tensor:
-        weight = wrapped(tape, parameters[name], *active[name]) if name in active else parameters[name].tensor()
-        return tape.new((rows, *weight.shape[1:]), weight.dtype, "experts' weights, one for each token")
+        whole = wrapped(tape, parameters[name], *active[name]) if name in active else parameters[name].tensor()
+        held_whole.append(whole)
+        return tape.new((rows, *whole.shape[1:]), whole.dtype, "experts' weights, one for each token")
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         return tape.new((rows, weight.numel // (rows * x.shape[1])), x.dtype, "expert projection")
@@ -150,7 +153,7 @@ def batched(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, family: 
     weighted = ops.mul(tape, out, weights.view(rows, 1), "expert outputs, weighted")
     total = sum_of_experts(tape, weighted, (t, h))
     answer = ops.to(tape, total, x.dtype, "output of experts")
-    del selected, ids, chosen, out, weighted
+    del selected, ids, chosen, out, weighted, held_whole
     return answer
 
 

@@ -138,13 +138,15 @@ def gptj(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: S
     query, key = (ops.view(tape, _project(tape, x, name, held, s), (b, t, n, d)) for name in (a.q, a.k))
     value = ops.heads(tape, _project(tape, x, a.v, held, s), (b, n, t, d))
     tape.scope = "self_attn"
-    table = tape.new((1, a.positions, rotated), "fp32", "sines and cosines of every position")
-    positions = tape.new((1, t, rotated), "int64", "positions, repeated")
-    angles = ops.to(tape, tape.new((1, t, rotated), "fp32", "sines and cosines"), key.dtype, "sines and cosines, cast")
+    rows = b if s.mode == "generation" else 1
+    table = tape.new((rows, a.positions, rotated), "fp32", "sines and cosines of every position")
+    positions = tape.new((rows, t, rotated), "int64", "positions, repeated")
+    angles = tape.new((rows, t, rotated), "fp32", "sines and cosines")
+    angles = ops.to(tape, angles, key.dtype, "sines and cosines, cast")
     k_rot, k_pass = rotary.cut(tape, key, rotated)
     q_rot, q_pass = rotary.cut(tape, query, rotated)
-    k_rot = _turned(tape, k_rot)
-    q_rot = _turned(tape, q_rot)
+    k_rot = _turned(tape, k_rot, rows)
+    q_rot = _turned(tape, q_rot, rows)
     k = _permuted(tape, ops.cat(tape, (k_rot, k_pass), key.shape, "rotated k"))
     q = _permuted(tape, ops.cat(tape, (q_rot, q_pass), query.shape, "rotated q"))
     del key, query
@@ -178,9 +180,9 @@ def _gptj_scores(tape: Tape, q: Tensor, k: Tensor, v: Tensor, layer: Layer, mask
     return out, weights
 
 
-def _turned(tape: Tape, x: Tensor) -> Tensor:
+def _turned(tape: Tape, x: Tensor, rows: int) -> Tensor:
     """`tensor * cos + rotate_every_two(tensor) * sin`, with both repeated for pairs."""
-    sin, cos = (tape.new((1, x.shape[1], 1, x.shape[3]), x.dtype, "rotary table, repeated") for _ in range(2))
+    sin, cos = (tape.new((rows, x.shape[1], 1, x.shape[3]), x.dtype, "rotary table, repeated") for _ in range(2))
     turned = ops.mul(tape, x, cos, "rotary: x cos")
     turned = ops.add(tape, turned, ops.mul(tape, rotary.rotate_half(tape, x), sin, "rotary: x sin"), "rotated")
     return turned  # noqa: RET504 - the name lets go of what it held before

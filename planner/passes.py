@@ -75,6 +75,7 @@ class Passes:
 
         add(f"{name}, embeddings", outer.events[:start], base, beside)
         before, self.cached = self.cached, []
+        returned: list[int] = []
         for number, key in enumerate(order):
             piece, at = played[key], bases[key]
             links = {i: base + outer.shared[shared] for shared, i in piece.shared.items()} | {piece.given: current}
@@ -86,11 +87,14 @@ class Passes:
                 links |= dict(zip(old, before[number] if before else (), strict=True))
                 self.cached.append([links[keys], links[values]])
             add(f"{name}, layer {number}", piece.forward, at, links)
+            stretches[-1].events.extend(2 * i + 1 for i in returned)
+            returned = [links[i] for i in piece.returned]
             if piece.leaving:
                 leaving.append(Stretch("autocast ends", moved(piece.leaving, at, links, linked(piece.leaving, links))))
             current = links[piece.made]
         add(f"{name}, head", outer.events[start:left], base, beside | {outer.hidden: current})
         last_frees_only(stretches, positions, several)
+        stretches[-1].events[:0] = [2 * i + 1 for i in returned]
         stretches += [*leaving, Stretch(f"{name}, outputs", moved(outer.events[left:], base, {}, ()))]
         made = alive(e for stretch in stretches for e in stretch.events)
         return stretches, sorted(made.difference(*self.cached))

@@ -44,6 +44,7 @@ class Piece:
     shared: dict[str, int]  # ids of the tables and masks that it reads: the last reader to let go frees them
     added: tuple[int, ...]  # bytes of gradients that backward adds another to in place
     cache: tuple[int, ...] = ()  # ids of the keys and values given, where there are any, and of those made
+    returned: tuple[int, ...] = ()  # ids of what the layer returns beside its output
 
 
 def _external(tape: Tape, nbytes: int, label: str) -> Storage:
@@ -86,6 +87,7 @@ def play_layer(
         out = _checkpointed(tape, x, layer, held, s, local)
     else:
         out = blocks.decoder_layer(tape, x, layer, held, s, local)
+    returned = local.returned
     del x, local
     ahead = tuple(tape.events)
     out_storage, out_shape, out_dtype, node, nr = out.storage, out.shape, out.dtype, out.node, out.nr
@@ -113,6 +115,7 @@ def play_layer(
     piece = Piece(
         ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved),
         0, made, grad_given, grad_made, grads, shared_ids, tuple(tape.added), (*cache_ids, *_ids(cache)),
+        tuple(tensor.storage.id for tensor in returned if tensor.storage is not None),
     )  # fmt: skip
     for parameter in held.parameters:
         parameter.grad = None
