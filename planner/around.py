@@ -380,13 +380,13 @@ def next_tokens(tape: Tape, outputs: list[Outputs]) -> Tensor:
 
     A model that accelerate has wrapped makes the outputs float32 first.
     """
-    logits, _ = outputs.pop()
+    logits = outputs.pop().logits
     tape.scope = "outputs"
     if tape.autocast is not None:
         logits = ops.to(tape, logits, "fp32", KEPT_LOGITS)
     scores = tape.new((logits.shape[0], logits.shape[-1]), "fp32", NEXT_LOGITS)
     tokens = tape.new((logits.shape[0],), "int64", "next tokens")
-    del logits, _
+    del logits
     outputs.append(Outputs(scores, scores))
     return tokens
 

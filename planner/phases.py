@@ -44,7 +44,7 @@ WHERE = {
     "merging": "in a process of its own, the base in 16 bit, the adapter from its file, merge_and_unload",
 }
 _BATCHES = 4  # of an evaluation, played before its last
-_TOKENS = 256  # of a generation that are played; of more, every second, third, ...
+_TOKENS = 64  # of a generation that are played; of more, every second, third, ...
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
