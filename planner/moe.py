@@ -133,11 +133,11 @@ def batched(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, family: 
     parameters = held.others[m.experts]
     active = activate(tape, m.experts, held)
 
-    held_whole = []  # parametrize.cached keeps what a wrapper has made until the forward ends
+    made: list[Tensor] = []  # parametrize.cached keeps what a wrapper has made until the forward ends
 
     def copied(name: str) -> Tensor:
         whole = wrapped(tape, parameters[name], *active[name]) if name in active else parameters[name].tensor()
-        held_whole.append(whole)
+        made.append(whole)
         return tape.new((rows, *whole.shape[1:]), whole.dtype, "experts' weights, one for each token")
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def batched(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, family: 
     weighted = ops.mul(tape, out, weights.view(rows, 1), "expert outputs, weighted")
     total = sum_of_experts(tape, weighted, (t, h))
     answer = ops.to(tape, total, x.dtype, "output of experts")
-    del selected, ids, chosen, out, weighted, held_whole
+    del selected, ids, chosen, out, weighted
     return answer
 
 

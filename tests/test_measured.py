@@ -4,8 +4,8 @@ The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
 `vramplan probe` itself measured the 13 of h200-probe.jsonl (10 of them what it runs without a model) and the 42 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
-or 80 GiB would leave it. The rows of h200-phases.jsonl are of the other phases: loading, evaluation, saving, generation and
-merging of whole models and of others with few layers, each row one phase.
+or 80 GiB would leave it. h200-phases.jsonl is of loading, evaluation, saving, generation and merging, a row each, of 20
+whole models and 20 of few layers.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def test_a_window_bounds_the_cache() -> None:
 
 
 def test_an_adapter_generates_without_autocast() -> None:
-    """PEFT's generate calls the model beneath the forward that accelerate has wrapped: after prepare_kbit, in float32."""
+    """PEFT's generate calls the model beneath the forward that accelerate has wrapped; after prepare_kbit float32."""
     wide = phase("generation", method="qlora", generation_batch_size=2, prompt_len=64)
     narrow = phase("generation", method="qlora", generation_batch_size=2, prompt_len=64, prepare_kbit=False)
     assert "float32" in str(wide.components)

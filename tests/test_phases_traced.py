@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
@@ -47,25 +48,26 @@ SIZES = {
     "evaluation": {"per_device_eval_batch_size": 3},
     "generation": {"generation_batch_size": 3, "prompt_len": 90, "max_new_tokens": 4},
 }
+FULL = bool(os.environ.get("VRAMPLAN_FULL_GRID"))
 TOLERANCE = 0.01  # of what the phase adds to the loaded model
 
 
-def grid() -> list[tuple[str, int, int, str]]:
-    """Family, case, setting, phase: each family in both phases, the settings in turn."""
+def grid() -> list[tuple[str, int, str]]:
+    """Family, setting, phase: one phase of each family, phases and settings in turn; or both."""
     found = []
     for turn, family in enumerate(CASES):
-        for shift, name in enumerate(SIZES):
-            found.append((family, 0, (turn + shift) % len(SETTINGS), name))
+        names = tuple(SIZES) if FULL else (tuple(SIZES)[turn % 2],)
+        found += [(family, (turn // 2 + shift) % len(SETTINGS), name) for shift, name in enumerate(names)]
     return found
 
 
-@pytest.mark.parametrize(("family", "case", "setting", "name"), grid())
-def test_a_phase_is_within_one_percent_of_the_trace(family: str, case: int, setting: int, name: str) -> None:
+@pytest.mark.parametrize(("family", "setting", "name"), grid())
+def test_a_phase_is_within_one_percent_of_the_trace(family: str, setting: int, name: str) -> None:
     pytest.importorskip("bitsandbytes")
     importlib.import_module("bitsandbytes")  # before its stand-ins
     try:
         planned = vramplan.plan(
-            small(family, case), batch_size=1, seq_len=128, phases=[name], **SIZES[name], **SETTINGS[setting]
+            small(family, 0), batch_size=1, seq_len=128, phases=[name], **SIZES[name], **SETTINGS[setting]
         )
     except UsageError as error:
         pytest.skip(str(error))
