@@ -237,7 +237,7 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
 
 def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
     """The same question of another method: what that one does not know is left out."""
-    unused = _unused(method, "")
+    unused = _unused(method, "", PHASES)
     return {name: value for name, value in options.items() if name not in unused} | {"method": method}
 
 
