@@ -123,7 +123,7 @@ def _apart(options: TrainingOptions, found: TrainingOptions) -> dict[str, Any]:
     return {
         name: getattr(found, name)
         for name in OPTIONS
-        if ours[name] != theirs[name] and name not in unused(options.method, options.parallel)
+        if ours[name] != theirs[name] and name not in unused(options.method, options.parallel, options.phases)
     }
 
 
