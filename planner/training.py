@@ -192,23 +192,25 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     return parsed
 
 
-def flags(options: Mapping[str, Any]) -> str:
-    """Options by name as a command line has them."""
-    words = []
-    for name, value in options.items():
-        flag = OPTIONS[name].flag
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
+    """The same question of another method: what that one does not know is left out."""
+    off = unused(method, "")
+    return {name: value for name, value in options.items() if name not in off} | {"method": method}
+
+
+def flags(options: Mapping[str, object]) -> str:
+    """Options as they are typed, ready for a shell: "--rank 8 --no-padded"."""
+    words: list[str] = []
+    for name, option in OPTIONS.items():
+        value = options.get(name)
+        if value is None:
+            continue
+        if option.kind == "flag":
+            words.append(option.flag if _flag(option, value) else option.flag.replace("--", "--no-", 1))
         else:
-            words.append(f"{flag} {shlex.quote(typed(value))}")
+            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
+            words += [option.flag, shlex.quote(text)]
     return " ".join(words)
-
-
-def typed(value: Any) -> str:
-    """An option's value as it is typed."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version
