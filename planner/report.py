@@ -64,6 +64,11 @@ def print_json(data: object) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def print_text(text: str) -> None:
+    """`text` on stdout, as it is."""
+    sys.stdout.write(text)
+
+
 # ---------------------------------------------------------------------------------------------------------- the plan
 
 

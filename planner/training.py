@@ -200,7 +200,7 @@ class TrainingOptions:
         values: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
         values["target_modules"], values["phases"] = self.target, list(self.phases)
         values |= {name: values[name] or None for name in ("eval_accumulation_steps", "eval_examples")}
-        return values | dict.fromkeys(_unused(self.method, self.parallel, self.phases))
+        return values | dict.fromkeys(unused(self.method, self.parallel, self.phases))
 
 
 def parse_options(options: Mapping[str, object]) -> TrainingOptions:
@@ -212,14 +212,14 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     for name in options:
         if name not in OPTIONS:
             raise unknown("option", name, OPTIONS)
-    given = {name: _read(OPTIONS[name], value) for name, value in options.items() if value is not None}
+    given = {name: read_value(OPTIONS[name], value) for name, value in options.items() if value is not None}
     method = given.get("method", "qlora")
     values = dict(given)
     if "num_gpus" in given and given["num_gpus"] > 1:
         values.setdefault("parallel", "ddp")
     phases = given.get("phases", ("training",))
     _refuse_unused(method, phases, given)
-    values |= {name: _OFF[name] for name in _unused(method, values.get("parallel", "none"), phases) if name in _OFF}
+    values |= {name: _OFF[name] for name in unused(method, values.get("parallel", "none"), phases) if name in _OFF}
     values.setdefault("prepare_kbit", _PREPARES_KBIT[values.get("trainer", "transformers")])
     values.setdefault("lora_alpha", 2 * values.get("rank", 16))
     values.setdefault("tokens_per_example", values.get("seq_len", 2048))
@@ -237,8 +237,8 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
 
 def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
     """The same question of another method: what that one does not know is left out."""
-    unused = _unused(method, "", PHASES)
-    return {name: value for name, value in options.items() if name not in unused} | {"method": method}
+    without = unused(method, "", PHASES)
+    return {name: value for name, value in options.items() if name not in without} | {"method": method}
 
 
 def flags(options: Mapping[str, object]) -> str:
@@ -251,9 +251,15 @@ def flags(options: Mapping[str, object]) -> str:
         if option.kind == "flag":
             words.append(option.flag if _flag(option, value) else option.flag.replace("--", "--no-", 1))
         else:
-            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
-            words += [option.flag, shlex.quote(text)]
+            words += [option.flag, shlex.quote(typed(value))]
     return " ".join(words)
+
+
+def typed(value: Any) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version
@@ -302,7 +308,8 @@ def settle(
 # ---------------------------------------------------------------------------------------------------------- one value
 
 
-def _read(option: Option, value: object) -> Any:
+def read_value(option: Option, value: object) -> Any:
+    """One option's value as `parse_options` takes it; raises UsageError for what it cannot be."""
     if option.name == "optimizer" and isinstance(value, str):
         optimizer.get(value)  # knows more to say of a wrong name
     if option.kind == "choice":
@@ -382,7 +389,7 @@ _OFF: dict[str, Any] = {
 }
 
 
-def _unused(method: str, parallel: str, phases: Sequence[str]) -> list[str]:
+def unused(method: str, parallel: str, phases: Sequence[str]) -> list[str]:
     """The options that mean nothing in such a run."""
     return [
         *(name for phase, names in _OF_PHASES.items() if phase not in phases for name in names),
@@ -400,7 +407,7 @@ def _refuse_unused(method: str, phases: Sequence[str], given: Mapping[str, Any])
                     f"{name} {str(given[name]).lower()} belongs to {phase}, and the phases are {', '.join(phases)}; "
                     f"leave it out or add --phases {','.join([*phases, phase])}"
                 )
-    for name in _unused(method, "", PHASES):
+    for name in unused(method, "", PHASES):
         if name in given:
             owners = "lora and qlora" if name in _LORA else "qlora"
             value = given[name]

@@ -96,6 +96,7 @@ class Trace:
             "time": {},
             "gpu": self.fit.to_dict() if self.fit else None,
             "gpus": [fit.to_dict() for fit in self.gpus],
+            "sizes": known.get("sizes", []),
             "cost": [],
             "warnings": known.get("warnings", []),
             "calibration": known.get("calibration", {}),
