@@ -17,7 +17,7 @@ import click
 
 from vramplan import __version__
 from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, reason, shown, unknown
-from vramplan.planner.training import OPTIONS
+from vramplan.planner.training import OPTIONS, PHASE_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,6 +72,13 @@ def _training_options(command: Callable[..., int], **defaults: str) -> Callable[
     """
     for option in reversed(OPTIONS.values()):
         command = _click_option(option._replace(default=defaults.get(option.name, option.default)))(command)
+    return command
+
+
+def _step_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The same for what runs training steps alone."""
+    for option in reversed(OPTIONS.values()):
+        command = command if option.name in PHASE_OPTIONS else _click_option(option)(command)
     return command
 
 
@@ -492,7 +499,7 @@ def export(
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
 @click.argument("model")
-@_training_options
+@_step_options
 @_gpu
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON, the plan beside it.")
@@ -563,7 +570,7 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
 
 @cli.command(short_help="Measure real training steps on this GPU.")
 @click.argument("model", required=False)
-@_training_options
+@_step_options
 @click.option("--config", metavar="FILE", help="A TOML file of options; the command line goes first.")
 @click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
 @click.option("--full", is_flag=True, help="Calibrate with a grid of runs, up to an hour.")

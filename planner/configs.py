@@ -24,7 +24,7 @@ from vramplan.planner.frameworks import (
     is_on,
     same,
 )
-from vramplan.planner.training import OPTIONS, read_value, unused
+from vramplan.planner.training import OPTIONS, PHASES, read_value, unused
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -270,7 +270,7 @@ def _options(
     sources: dict[str, str] = {}
     method = None
     for name in OPTIONS:  # the method comes first
-        if method is not None and name in unused(method, "fsdp") and name not in asked:
+        if method is not None and name in unused(method, "fsdp", PHASES) and name not in asked:
             continue
         for said, source in ((asked, COMMAND_LINE), (marked, _COMMENT)):
             if said.get(name) is not None:

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vramplan.planner.errors import UsageError
+from vramplan.planner.training import PHASES
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeli
     if plan.fit:
         top.append(verdict(plan.fit.to_dict()))
     costs, doubts = plan.costs()
-    page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
+    page = [Block("", "<", top), _parameters(plan), _memory(plan), *_phases(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
     page += [_costs(plan, costs), _sizes(plan.sizes())]
@@ -100,6 +101,9 @@ def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeli
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     if explain:
         page.append(_explained("How each row of memory is worked out", plan.memory.components))
+        for phase in plan.memory.phases:
+            if phase.name != plan.memory.phase:
+                page.append(_explained(f"The same for {phase.name}: {phase.peak_phase}", phase.components))
         page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
     return page
 
@@ -216,6 +220,19 @@ def _memory(plan: Plan) -> Block:
     ]
     shown_rows = [Row((name, _decimal(shown, digits)), style) for name, shown, style in rows]
     return Block(f"Memory at the peak: {memory.peak_phase}", "<>", [Row(("", "GiB"), "dim"), *shown_rows])
+
+
+def _phases(plan: Plan) -> list[Block]:
+    """What each phase of the run takes, where others than training were asked for; the highest is the one above."""
+    memory = plan.memory
+    if plan.options.phases == ("training",):
+        return []
+    rows = [Row(("GiB", "allocated", "reserved", "device", "highest at"), "dim")]
+    for phase in memory.phases:
+        sizes = phase.peak_allocated_bytes, phase.peak_reserved_bytes, phase.peak_reserved_bytes + memory.context_bytes
+        shown = (_decimal(_scaled(size, 2), 2) for size in sizes)
+        rows.append(Row((phase.name, *shown, phase.peak_phase), "bold" if phase.name == memory.phase else ""))
+    return [Block("Phases", "<>>><", rows)]
 
 
 def _time(time: StepTime) -> Block:
@@ -374,7 +391,7 @@ def phase(stretch: str) -> str:
     """Which part of the step a stretch belongs to, for the drawing's axis."""
     word = stretch.replace(",", "").split()[0]
     return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
-        word, "update"
+        word, word if word in PHASES else "update"
     )
 
 
@@ -421,7 +438,8 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
         axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")
     peak = f"peak {format_gib(plan.memory.peak_allocated_bytes)} in {plan.memory.peak_phase}"
     rows = [Row((line,)) for line in (*lines, axis)]
-    return Block(f"Allocated memory over the step, GiB: {peak}", "<", rows)
+    over = "the step" if plan.memory.phase == "training" else plan.memory.phase
+    return Block(f"Allocated memory over {over}, GiB: {peak}", "<", rows)
 
 
 def _notes(plan: Plan) -> list[str]:
