@@ -387,7 +387,7 @@ def _advice(plan: Plan) -> Block:
     return Block("What would change the peak, each planned by itself", "><", rows)
 
 
-def phase(stretch: str) -> str:
+def part_of_step(stretch: str) -> str:
     """Which part of the step a stretch belongs to, for the drawing's axis."""
     word = stretch.replace(",", "").split()[0]
     return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
@@ -432,7 +432,7 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
     # plotille's first line is the head of its axis, its last two the ticks of the other
     lines = [line.rstrip() for line in figure.show().splitlines()[2:-2]]
     left = lines[0].index("|") + 2
-    starts = [(left + index * width // len(moments), name) for index, name in first_of(map(phase, phases))]
+    starts = [(left + index * width // len(moments), name) for index, name in first_of(map(part_of_step, phases))]
     axis = ""
     for (start, name), (end, _) in zip(starts, [*starts[1:], (left + width, "")], strict=True):
         axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")

@@ -20,7 +20,7 @@ from vramplan.planner import capacity, prices
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import save
 from vramplan.planner.plan import plan
-from vramplan.planner.report import Block, Row, first_of, phase, plan_page, show
+from vramplan.planner.report import Block, Row, first_of, part_of_step, plan_page, show
 from vramplan.planner.report_decide import fit_page
 from vramplan.planner.report_plots import bars, colours_of, together
 from vramplan.planner.training import OPTIONS
@@ -115,6 +115,7 @@ def page(made: Plan, found: Capacity | None, command: str) -> str:
     written: str = template.render(
         title=top.rows[0].cells[0],
         verdict=top.rows[1:],
+        over="the step" if made.memory.phase == "training" else made.memory.phase,
         peak=f"{format_gib(made.memory.peak_allocated_bytes)} at the peak, in {made.memory.peak_phase}",
         blocks=[block for block in blocks if block.heading != "Notes"],
         card=found.gpu.name if found else None,
@@ -180,7 +181,7 @@ def timeline(made: Plan) -> Spec:
         }
         for index, moment in enumerate(moments)
     ]
-    starts = first_of(phase(moment.phase) for moment in moments)
+    starts = first_of(part_of_step(moment.phase) for moment in moments)
     phases: list[Spec] = [
         {"from": start, "middle": (start + end) / 2, "to": end, "part": name}
         for (start, name), (end, _) in zip(starts, [*starts[1:], (len(moments), "")], strict=True)
@@ -191,9 +192,9 @@ def timeline(made: Plan) -> Spec:
     return {
         "width": "container",
         "height": 300,
-        "data": {"values": rows},
+        "data": {"values": [*rows, rows[-1] | {"at": len(rows)}]},  # so that the last step has an end
         "layer": [
-            *(_area(rows, name, colour, across, up) for name, colour in (("highest", "#8cc8ec"), ("end", "#2f7fb8"))),
+            *(_area(name, colour, across, up) for name, colour in (("highest", "#8cc8ec"), ("end", "#2f7fb8"))),
             {
                 "data": {"values": phases[1:]},
                 "mark": {"type": "rule", "strokeDash": [3, 3]},
@@ -227,10 +228,9 @@ def timeline(made: Plan) -> Spec:
     }
 
 
-def _area(rows: list[Spec], name: str, colour: str, across: Spec, up: Spec) -> Spec:
-    """Steps as high as `name` says, the last one to its end."""
+def _area(name: str, colour: str, across: Spec, up: Spec) -> Spec:
+    """Steps as high as `name` says."""
     return {
-        "data": {"values": [*rows, rows[-1] | {"at": rows[-1]["to"]}]},
         "mark": {"type": "area", "interpolate": "step-after", "color": colour, "opacity": 1},
         "encoding": {"x": across | {"field": "at"}, "y": up | {"field": name}},
     }

@@ -18,7 +18,7 @@ from vramplan import __version__
 from vramplan.planner import prices
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import save
-from vramplan.planner.report import card_groups, first_of, percent, phase, recipe, title
+from vramplan.planner.report import card_groups, first_of, part_of_step, percent, recipe, title
 from vramplan.planner.units import GIB, format_count, format_gib
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ def _broken(text: str, width: int) -> str:
 
 
 def timeline(plan: Plan) -> Figure:
-    """Allocated memory over the step that holds the peak, one stretch after another: how high, and where it ends."""
+    """Allocated memory over the step, or the phase, that holds the peak: how high each stretch goes, where it ends."""
     moments = plan.memory.timeline
-    figure = _figure(title(plan), 9, 4.4)
+    named = "" if plan.memory.phase == "training" else f": {plan.memory.phase}"
+    figure = _figure(title(plan) + named, 9, 4.4)
     axes = figure.add_subplot()
     edges = list(range(len(moments) + 1))
     ends = [moment.end_bytes / GIB for moment in moments]
@@ -197,7 +198,7 @@ def timeline(plan: Plan) -> Figure:
 
 def _phases(axes: Axes, names: Sequence[str]) -> None:
     """The parts of the step along the axis; a name that has no room goes without."""
-    starts = first_of(map(phase, names))
+    starts = first_of(map(part_of_step, names))
     places, words = [], []
     for (start, name), (end, _) in zip(starts, [*starts[1:], (len(names), "")], strict=True):
         if start:

@@ -100,13 +100,13 @@ def test_it_says_how_to_make_it_again(made: Plan, page: str) -> None:
 
 
 def test_the_timeline_is_the_plans(made: Plan, page: str) -> None:
-    layers = charts(page)["timeline"]["layer"]
-    rows = layers[0]["data"]["values"]
+    drawn = charts(page)["timeline"]
+    rows = drawn["data"]["values"]
     moments = made.memory.timeline
     assert [row["highest"] * GIB for row in rows[:-1]] == [moment.peak_bytes for moment in moments]
     assert [row["end"] * GIB for row in rows[:-1]] == [moment.end_bytes for moment in moments]
     assert rows[-1]["at"] == len(moments)
-    (peak,) = layers[-2]["data"]["values"]
+    (peak,) = drawn["layer"][-2]["data"]["values"]
     assert peak["in"] == made.memory.peak_phase
 
 

@@ -77,6 +77,13 @@ def test_the_timeline_is_as_high_as_the_plan(gpt2: Plan) -> None:
     assert [value * GIB for value in ends.get_data().values] == [moment.end_bytes for moment in moments]
 
 
+@pytest.mark.parametrize("phases", ["loading", "saving", "evaluation", "generation", "merging"])
+def test_the_timeline_of_another_phase_says_which(phases: str, tmp_path: Path) -> None:
+    made = plan(MODEL, method="lora", seq_len=512, phases=phases)
+    draw(str(tmp_path / "a.svg"), "timeline", made, COMMAND)
+    assert " ".join(texts(tmp_path / "a.svg")).count(phases) > 1
+
+
 def widths(figure: Figure) -> dict[str, list[float]]:
     """The bytes of each part of a breakdown's bars, from the top."""
     axes = figure.axes[0]
