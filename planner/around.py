@@ -38,6 +38,8 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tu
                 looked_up = leaf(tape, looked_up)
             if adapter is not None:
                 looked_up = with_adapter(tape, looked_up, *adapter, scaled=tokens and inside)
+            if tokens:
+                tape.marks["embedded"] = len(tape.events)
             kept.append(looked_up)
             if hidden is None:
                 hidden = looked_up
@@ -280,7 +282,11 @@ def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Te
 
 def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Tensor:
     """The output projection: logits in the hidden states' (or autocast's) dtype."""
+    if s.hooked:
+        hidden = tape.boundary(hidden, "head")
     logits = blocks.project(tape, hidden, held.projections[architecture.output.name], s, "logits")
+    if s.hooked:
+        logits = tape.boundary(logits, "logits")
     if architecture.logit_scale:
         logits = ops.scale(tape, logits, "logits, scaled")
     if architecture.final_logit_softcapping is not None:

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from vramplan.planner import around, blocks, trl, units
-from vramplan.planner.allocator import Allocator
+from vramplan.planner import around, blocks, sharding, trl, units
+from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MASKS_FEWER_EXPERTS = (5, 18)  # of transformers: integrations/moe.py, only under expert parallelism from here on
 PREPARED = 1  # of a run's loading: the stretch that prepares a model in 4 bit
+READY = 3  # so many stretches of it are there on one GPU too
 STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
 SETTLED = 1000  # a step that adds less than one part in so many to what is reserved is not worth another replay
 
@@ -40,6 +41,7 @@ SOURCES = {
     "logits and loss": "transformers, loss/loss_utils.py: ForCausalLMLoss on float32 logits",
     "temporary buffers": "the op that runs at the peak, and locals of the code around it",
     "batch": "the Trainer's inputs: token ids, mask and labels, int64",
+    **sharding.SOURCES,
     "cuBLAS workspace": "torch, aten/src/ATen/cuda/CublasHandlePool.cpp: one for each thread",
     "block rounding": "torch, CUDACachingAllocator: blocks are multiples of 512 B, tails up to 1 MiB stay with them",
 }
@@ -154,6 +156,7 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
         on.workspace_bytes,
         TRAINERS[options.trainer],
         frozenset(module.name for module in outside if is_quantised(module, architecture)),
+        sharding.of(options),
     )
     run.check()
     return run
@@ -184,8 +187,8 @@ class Played(Protocol):
         """What is known of each tensor."""
 
     @property
-    def loading(self) -> tuple[Stretch, Stretch, Stretch]:
-        """The model on the GPU, k-bit preparation, the adapter."""
+    def loading(self) -> tuple[Stretch, ...]:
+        """The model on the GPU, k-bit preparation, the adapter, and what sharing the model makes of it."""
 
     @property
     def paged_bytes(self) -> int:
@@ -200,7 +203,12 @@ def replay(
 ) -> MemoryEstimate:
     """Replays a run through the allocator; see `estimate`. `sources` are the rows of the breakdown, in their order."""
     program = run.program
-    allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    expandable = options.expandable_segments
+    allocator: Allocator | Streams = (
+        Allocator(expandable_segments=expandable, limit_bytes=limit_bytes)
+        if options.parallel in ("none", "ddp")
+        else Streams(program.streams, sharding.STREAMS, expandable_segments=expandable, limit_bytes=limit_bytes)
+    )
     best, phase, failed = -1, "", ""
     timeline: tuple[Moment, ...] = ()
     at_best: tuple[set[int], Sequence[Stretch], int]
@@ -252,7 +260,7 @@ def replay(
         hidden_bytes=on.hidden_bytes,
         peak_phase=phase,
         loaded_bytes=before_training[0].allocated_bytes,
-        ready_bytes=before_training[-1].allocated_bytes,
+        ready_bytes=before_training[:READY][-1].allocated_bytes,
         timeline=timeline,
         paged_bytes=run.paged_bytes,
         retries=allocator.retries,

@@ -370,11 +370,6 @@ def _refuse_unsupported(run: TrainingOptions) -> None:
             f"trainer {run.trainer} is planned in a later version; "
             f"known now: {', '.join(SUPPORTED_TRAINERS)} (--trainer)"
         )
-    if run.num_gpus > 1:
-        raise UsageError(
-            f"num_gpus is {run.num_gpus}, but several GPUs cannot be planned yet, and one GPU's figures would be wrong "
-            "for them; plan with --num-gpus 1"
-        )
 
 
 # ------------------------------------------------------------------------------------------------- the model, the GPU

@@ -1,0 +1,439 @@
+"""Several GPUs: each rank's share of a run, and the buffers that sharing it takes.
+
+A sharing is put around the micro-steps of run.py: at the places where a library's hooks run it adds what they allocate
+and free, on the CUDA stream on which they do. The step itself is played as on one GPU.
+
+DDP holds everything on every rank and adds gradients up in buckets. FSDP2 is torch's fully_shard as accelerate sets it
+up for transformers.Trainer: a unit for each decoder layer, one for the token embedding, one for the final norm and the
+head. Every rank holds a slice of each weight's first dimension; a unit's weights are gathered before it runs and let go
+after it, and its gradients are added up and sliced as soon as its backward is done.
+
+Rank 0 is played. Slices are as long as the first, so no rank holds more than it does.
+
+Sources (torch 2.11, accelerate 1.15): torch/nn/parallel/distributed.py, torch/csrc/distributed/c10d/reducer.cpp,
+torch/distributed/fsdp/_fully_shard/, accelerate/accelerator.py (_prepare_fsdp2), accelerate/utils/fsdp_utils.py
+(fsdp2_prepare_model).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+from vramplan.planner import loading
+from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vramplan.planner.blocks import Held, Settings
+    from vramplan.planner.layers import Module
+    from vramplan.planner.run import MicroStep, Program, Run, Stretch
+    from vramplan.planner.training import TrainingOptions
+
+COPY_IN, REDUCE = 1, 2  # FSDP's all_gather_copy_in_stream and reduce_scatter_stream
+STREAMS = 3
+GATHERED, BUFFERS = "gathered weights", "communication buffers"
+SOURCES = {
+    GATHERED: "torch, fully_shard: the whole weights of the units that run, and what they are gathered in",
+    BUFFERS: "torch, fully_shard: gradients of a unit side by side, to be added up over the ranks",
+}
+
+
+class Sharing(Protocol):
+    """How several GPUs share a run."""
+
+    def played(self, s: Settings) -> Settings:
+        """The settings by which each rank's ops run."""
+
+    def parameters(self, run: Run) -> list[Parameter]:
+        """The trained parameters as this rank's optimizer holds them."""
+
+    def loading(self, run: Run) -> tuple[Stretch, ...]:
+        """What happens before the first step; the first three stretches are those of one GPU."""
+
+    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
+        """A micro-step with what sharing adds, and the gradients that are left; `first` made those that it adds to."""
+
+
+# --------------------------------------------------------------------------------------------------------------- shares
+
+
+def rows_of(rows: int, ranks: int, rank: int) -> int:
+    """How many of `rows` a rank holds: torch.chunk's slices, all of the first's length but the last ones."""
+    length = -(-rows // ranks)
+    return min(length, max(0, rows - rank * length))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One parameter: its whole shape, the dtype that its shards are held in, and the dtype in which it is gathered."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    gathered: str
+    trained: bool
+
+    def local(self, ranks: int) -> Shape:
+        """The first rank's slice, which all others are padded to (_fsdp_param.py, padded_sharded_param_size)."""
+        return (rows_of(self.shape[0], ranks, 0), *self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that are gathered and let go together (FSDPParamGroup); `reshard`: after the forward too."""
+
+    shares: tuple[Share, ...]
+    reshard: bool
+
+    def shards(self, ranks: int) -> list[int]:
+        """Bytes of each parameter's shard."""
+        return [prod(s.local(ranks)) * ITEMSIZE[s.dtype] for s in self.shares]
+
+    def cast(self, ranks: int) -> int:
+        """Bytes of the shards that are cast before they are gathered (_get_param_all_gather_inputs)."""
+        return sum(prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if s.gathered != s.dtype)
+
+    def whole(self, ranks: int) -> list[int]:
+        """Bytes of each parameter as it comes out of an all-gather: every rank's padded slice."""
+        return [ranks * prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares]
+
+    def reduced(self, ranks: int) -> tuple[int, int]:
+        """Elements of this rank's slices of all gradients, and bytes of an element in the trained weights' dtype."""
+        trained = [s for s in self.shares if s.trained]
+        return sum(prod(s.local(ranks)) for s in trained), ITEMSIZE[trained[0].dtype] if trained else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+class Fsdp:
+    """FSDP2 over `ranks` GPUs, as accelerate prepares a model for the Trainer (fsdp2_prepare_model)."""
+
+    def __init__(self, ranks: int, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
+        self.ranks = ranks
+        self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
+        self._units: Units | None = None
+
+    def played(self, s: Settings) -> Settings:
+        """Without autocast: fully_shard gathers weights in the dtype that mixed precision names, and casts inputs.
+
+        accelerate gives MixedPrecisionPolicy that one dtype for parameters, reduction and outputs (set_mixed_precision).
+        """
+        if s.autocast is None:
+            return replace(s, hooked=True)
+        low = s.autocast
+        return replace(
+            s, weights_dtype=low, autocast=None, compute_dtype=low, adapter_dtype=low, prepare_kbit=False, hooked=True
+        )
+
+    def units(self, run: Run) -> Units:
+        """What fully_shard makes of the model."""
+        if self._units is None:
+            self._units = _units(run, self.reshard_after_forward)
+        return self._units
+
+    def parameters(self, run: Run) -> list[Parameter]:
+        """The shards of rank 0, in the order of the model's parameters; none where they are in host memory."""
+        if self.cpu_offload:
+            return []
+        shares = {s.name: s for unit in self.units(run).all for s in unit.shares}
+        found = (shares[p.name] for p in run.trained)
+        return [Parameter(s.name, s.local(self.ranks), s.dtype, True) for s in found]
+
+    def loading(self, run: Run) -> tuple[Stretch, ...]:
+        """A 4-bit model is quantised on each GPU as a whole; any other is loaded in host memory, and comes by units."""
+        from vramplan.planner.run import Stretch, alive
+
+        units, program = self.units(run), run.program
+        if run.loaded.method == "qlora":
+            before = loading.play(run)
+            there = alive(e for stretch in before for e in stretch.events)
+            kept = {i for i in there if program.labels[i] in _STAYS}
+            gone = [2 * i + 1 for i in sorted(there - kept)]
+        else:
+            before = (Stretch("loading", []), Stretch("k-bit preparation", []), Stretch("adapter", []))
+            gone = []
+        events: list[int] = []
+        for unit in units.all:
+            moved = []
+            if run.loaded.method != "qlora":  # _init_utils' _move_states_to_device, parameter by parameter
+                moved = [program.new(prod(s.shape) * ITEMSIZE[s.dtype], "weight, moved", "", s.name) for s in unit.shares]
+                events += [2 * i for i in moved]
+            for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
+                if not self.cpu_offload:
+                    part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
+                    events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
+            events += [2 * i + 1 for i in moved]
+        if run.loaded.method != "qlora":
+            events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
+        return (*before, Stretch("sharding", [*events, *gone]))
+
+    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
+        """The hooks of fully_shard around forward and backward; without `last` no gradient is added up (no_sync)."""
+        return _Hooks(self, run, made, first, last).play()
+
+
+# What of a 4-bit weight is no parameter, so that every rank keeps it whole (bitsandbytes, QuantState); and buffers.
+_STAYS = frozenset(
+    {label for double in (False, True) for label, _ in loading.nf4_tensors(64, double)} - {"weight, 4 bit"}
+    | {"map of 8-bit values", "rotary frequencies", "embedding scale", "rotary table", "causal mask of every position"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The units of a model. `embedding` is None where the head shares its matrix: it belongs to `tail` then."""
+
+    embedding: Unit | None
+    layers: tuple[Unit, ...]
+    tail: Unit
+    root: Unit  # what no other unit has; it may have nothing
+    norm_in_tail: bool
+
+    @property
+    def all(self) -> list[Unit]:
+        """In the order in which accelerate shards them."""
+        return [*self.layers, *([self.embedding] if self.embedding else []), self.tail, self.root]
+
+
+def _units(run: Run, reshard: bool) -> Units:
+    a, s = run.architecture, run.loaded
+    tied = a.tied
+    token = run.token_embedding
+    # accelerate's _find_final_norm looks among the direct children of the base model, and PeftModel hides those
+    norms = [m for m in a.final if m.kind == "norm"] if s.method == "full" else []
+    tail = [*norms[-1:], *([token] if tied else []), a.output]
+    own = {m.name for m in (token, *tail)}
+    rest = [m for m in a.outside if m.name not in own]
+    quantised = run.quantised_outside
+
+    def shares(modules: Iterable[Module], held: Held, quantised: frozenset[str], at: str = "") -> tuple[Share, ...]:
+        return tuple(share for m in modules for share in _shares(run, m, held, m.name in quantised, at))
+
+    return Units(
+        None if tied else Unit(shares([token], run.outer, quantised), reshard),
+        tuple(
+            Unit(shares(a.kinds[kind].modules, held, run.quantised[i], f"{a.layer_prefix}.{i}."), reshard)
+            for i, (kind, held) in enumerate(zip(a.order, run.layers, strict=True))
+        ),
+        Unit(shares(tail, run.outer, quantised), False),
+        Unit(shares(rest, run.outer, quantised), False),
+        bool(norms),
+    )
+
+
+def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> list[Share]:
+    """A module's parameters: its own weights, then its adapter's."""
+    s = run.loaded
+    low, full = s.autocast, s.method == "full"
+    # accelerate makes what is trained float32 under mixed precision, but not beside 4-bit weights
+    own = ("fp32" if low else s.weights_dtype) if full else s.frozen_dtype
+    found: list[Share] = []
+    for weight in run.architecture.own_weights(module):
+        name = f"{at}{module.name}.{weight.name}"
+        if quantised and weight.name == "weight":
+            storage = low or s.weights_dtype
+            packed = -(-weight.numel // 2) // ITEMSIZE[storage]  # two weights a byte, stored as numbers of that dtype
+            found.append(Share(name, (packed, 1), storage, storage, False))
+        else:
+            found.append(Share(name, weight.shape, own, low or own, full))
+    if not full:
+        prefix = f"{module.name}."
+        dtype = s.adapter_dtype
+        found += [
+            Share(f"{at}{p.name}", p.shape, dtype, low or dtype, True)
+            for p in held.parameters
+            if p.name.startswith(prefix)
+        ]
+    return found
+
+
+def of(options: TrainingOptions) -> Sharing | None:
+    """How the run is shared; None on one GPU."""
+    if options.parallel == "fsdp":
+        return Fsdp(
+            options.num_gpus, reshard_after_forward=options.reshard_after_forward, cpu_offload=options.cpu_offload
+        )
+    return None
+
+
+class _Hooks:
+    """One micro-step under fully_shard: which units are gathered, and which buffers are held for how long.
+
+    The names are those of _fsdp_param_group.py. A unit is known by its number in the order in which forward leaves it.
+    """
+
+    def __init__(self, sharing: Fsdp, run: Run, made: MicroStep, first: MicroStep, last: bool) -> None:
+        self.program: Program = run.program
+        self.ranks = sharing.ranks
+        self.offload = sharing.cpu_offload
+        self.made, self.last = made, last
+        units = sharing.units(run)
+        self.units = units
+        self.stretches = [list(stretch.events) for stretch in made.stretches]
+        grads = {p.name: g for p, g in zip(run.trained, first.grads, strict=True)}
+        self.order = [*([units.embedding] if units.embedding else []), *units.layers, units.tail]
+        if units.root.shares:
+            self.order.append(units.root)
+        self.grads = [[grads[s.name] for s in unit.shares if s.trained] for unit in self.order]
+        self.pending: dict[int, int] = {}  # unit -> the output of its all-gather
+        self.unsharded: dict[int, list[int]] = {}
+        self.kept: int | None = None  # the all-gather's output that the next unit's forward lets go
+        self.reduce_input: int | None = None
+        self.reduced: list[int] = []
+        self.done: set[int] = set()  # units whose post_backward has run
+
+    def play(self) -> tuple[list[Stretch], list[int]]:
+        """The stretches with the hooks' events, and the gradients that are left."""
+        from vramplan.planner.run import Stretch
+
+        self._forward()
+        self._backward()
+        names = [stretch.name for stretch in self.made.stretches]
+        played = [Stretch(name, events) for name, events in zip(names, self.stretches, strict=True)]
+        return played, self.reduced if self.last else self.made.grads
+
+    def _before(self, place: int, *each: list[int]) -> None:
+        """Adds events before a stretch, after those that were added before; past the last one, at the end."""
+        events = [e for one in each for e in one]
+        if place < len(self.stretches):
+            at = self._added.setdefault(place, 0)
+            self.stretches[place][at:at] = events
+            self._added[place] = at + len(events)
+        else:
+            self.stretches[-1] += events
+
+    @cached_property
+    def _added(self) -> dict[int, int]:
+        return {}
+
+    def _forward(self) -> None:
+        places, units = self.made.places, self.units
+        tail = self.order.index(units.tail)
+        root = len(self.order) - 1 if units.root.shares else None
+        if root is not None:
+            self._before(0, self._gather(root), self._wait(root, forward=True))
+        if units.embedding is None:  # tied: the matrix is there from the embedding to the end of backward
+            self._before(0, self._gather(tail), self._wait(tail, forward=True))
+        else:
+            self._before(0, self._gather(0), self._wait(0, forward=True))
+            self._before(places.get("embedded", 1), self._reshard(0, forward=True))
+        first = 1 if units.embedding else 0
+        layer = places["forward, embeddings"] + sum(s.name == "forward, embeddings" for s in self.made.stretches)
+        for i in range(len(units.layers)):
+            self._before(layer + i, self._gather(first + i), self._wait(first + i, forward=True))
+            self._before(layer + i + 1, self._reshard(first + i, forward=True))
+        if units.embedding is not None:
+            at = places["loss, forward"] if units.norm_in_tail else places.get("head", places["loss, forward"])
+            self._before(at, self._gather(tail), self._wait(tail, forward=True))
+        if self.kept is not None:  # the root's post_forward
+            self._before(places["autocast ends"], [2 * self.kept + 1])
+            self.kept = None
+
+    def _backward(self) -> None:
+        places, units, made = self.made.places, self.units, self.made
+        tail = self.order.index(units.tail)
+        logits = places.get("logits, backward", places["loss, backward"])
+        if units.root.shares:
+            self._before(places["loss, backward"], self._pre_backward(len(self.order) - 1))
+        self._before(logits, self._pre_backward(tail))
+        behind = places["loss, backward"] + sum(s.name == "loss, backward" for s in made.stretches)
+        if units.embedding is not None and (made.grads or made.runs[-1]):
+            at = behind if units.norm_in_tail else places.get("head, backward", behind)
+            self._before(at, self._post_backward(tail))
+        first, n = (1 if units.embedding else 0), len(units.layers)
+        for back, i in enumerate(reversed(range(n))):
+            if made.runs[i]:
+                self._before(behind + back, self._pre_backward(first + i))
+            if made.needs[i]:
+                self._before(behind + back + 1, self._post_backward(first + i))
+        if units.embedding is not None and made.needs[0]:
+            self._before(behind + n, self._pre_backward(0))
+        # _root_post_backward_final_callback, in the order of named_modules
+        end = len(self.stretches)
+        for i in ([len(self.order) - 1] if units.root.shares else []) + list(range(len(self.order))):
+            if i not in self.done:
+                self._before(end, self._post_backward(i))
+        self._before(end, [2 * i + 1 for i in self.pending.values()])
+        if self.reduce_input is not None:
+            self._before(end, [2 * self.reduce_input + 1])
+
+    # --- what the hooks allocate and free ------------------------------------------------------------------------
+
+    def _gather(self, i: int) -> list[int]:
+        """unshard: shards that need it are cast, and all are gathered in one buffer (foreach_all_gather)."""
+        if i in self.pending or i in self.unsharded:
+            return []
+        unit, new = self.order[i], self.program.new
+        cast = []
+        if self.offload:  # each shard is copied to the GPU, and cast there by itself
+            for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
+                cast.append(new(nbytes, "shard, copied from host memory", GATHERED, share.name, COPY_IN))
+        elif nbytes := unit.cast(self.ranks):
+            cast.append(new(nbytes, "shards, cast", GATHERED, "", COPY_IN))
+        out = self.pending[i] = new(sum(unit.whole(self.ranks)), "weights, gathered", GATHERED, "", COPY_IN)
+        return [*(2 * c for c in cast), 2 * out, *(2 * c + 1 for c in cast)]
+
+    def _wait(self, i: int, *, forward: bool) -> list[int]:
+        """wait_for_unshard: each weight is copied out of the buffer, which forward keeps until the next copy."""
+        if i not in self.pending:
+            return []
+        events = []
+        if forward and self.kept is not None:
+            events.append(2 * self.kept + 1)
+        unit = self.order[i]
+        made = self.unsharded[i] = [
+            self.program.new(nbytes, "weight, gathered", GATHERED, share.name)
+            for share, nbytes in zip(unit.shares, unit.whole(self.ranks), strict=True)
+        ]
+        events += [2 * m for m in made]
+        out = self.pending.pop(i)
+        if forward:
+            self.kept = out
+        else:
+            events.append(2 * out + 1)
+        return events
+
+    def _reshard(self, i: int, *, forward: bool = False) -> list[int]:
+        if forward and not self.order[i].reshard:
+            return []
+        return [2 * m + 1 for m in self.unsharded.pop(i, [])]
+
+    def _pre_backward(self, i: int) -> list[int]:
+        """pre_backward: the unit's weights, and the all-gather of the unit that forward left before it."""
+        events = [*self._gather(i), *self._wait(i, forward=False)]
+        return events + (self._gather(i - 1) if i else [])
+
+    def _post_backward(self, i: int) -> list[int]:
+        """post_backward: weights go, gradients are added up over the ranks, and each rank keeps its slice.
+
+        Gradients of a unit lie side by side in one buffer until the next unit's come (foreach_reduce); what is left of
+        them is in the trained weights' dtype.
+        """
+        self.done.add(i)
+        events = self._reshard(i)
+        grads = self.grads[i]
+        if not self.last or not grads:
+            return events
+        unit, new = self.order[i], self.program.new
+        numel, wide = unit.reduced(self.ranks)
+        low = next(ITEMSIZE[s.gathered] for s in unit.shares if s.trained)
+        if self.reduce_input is not None:
+            events.append(2 * self.reduce_input + 1)
+        self.reduce_input = new(self.ranks * numel * low, "gradients, to be added up", BUFFERS)
+        out = new(numel * low, "gradients, added up", "gradients", "", REDUCE)
+        events += [2 * self.reduce_input, *(2 * g + 1 for g in grads[:-1]), 2 * out]
+        if wide != low:
+            narrow, out = out, new(numel * wide, "gradients, added up", "gradients", "", REDUCE)
+            events += [2 * out, 2 * narrow + 1]
+        events.append(2 * grads[-1] + 1)  # foreach_reduce's loop variable holds the last one until it returns
+        if self.offload:
+            events.append(2 * out + 1)
+        else:
+            self.reduced.append(out)
+        return events
