@@ -343,15 +343,18 @@ def head_and_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: 
     return Outputs(logits, causal_lm_loss(tape, logits, logits.numel // vocab, vocab))
 
 
-def loss(tape: Tape, outputs: list[Outputs]) -> Tensor:
+def loss(tape: Tape, outputs: list[Outputs], *, cloned: bool = False) -> Tensor:
     """What becomes of the outputs once autocast has ended: accelerate makes them float32, and they go.
 
-    accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss.
+    accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss. `cloned`: between the two
+    torch's DistributedDataParallel clones them (_DDPSink, where it looks for unused parameters).
     """
     logits, loss = outputs.pop()
+    tape.scope = "outputs"
     if tape.autocast is not None:
-        tape.scope = "outputs"
-        wide = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
+        logits = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
+    if cloned:
+        clone = tape.new(logits.shape, logits.dtype, "logits, cloned by DistributedDataParallel")
         del logits
-        del wide
+        del clone
     return loss

@@ -138,7 +138,7 @@ class Run:
         self.accumulation = accumulation
         self.optimizer = optimizer.get(optimizer_name)
         self.workspace_bytes = workspace_bytes
-        self.trainer = trainer
+        self.trainer = sharing.trainer(trainer) if sharing else trainer
         self.program = Program()
         self._adapted = _adapted(architecture, counts)
         self.quantised = quantised  # for each layer, its modules that are held in 4 bit
@@ -297,6 +297,12 @@ class Run:
             self._shared[again, last] = self.sharing.micro_step(self, made, first, last)
         return self._shared[again, last]
 
+    @property
+    def first_micro_step(self) -> MicroStep:
+        """The first micro-step of a step, as it would be on one GPU."""
+        self.micro_step(False)
+        return self._micro_steps[False]
+
     def play(self, again: bool) -> tuple[list[step.Piece], step.Around]:
         """The pieces of a micro-step: one for each layer, and what is around them."""
         a, s = self.architecture, self.settings
@@ -439,6 +445,8 @@ class Run:
         """Optimizer step `number` (from 0): its micro-steps, clipping, the optimizer, gradients let go."""
         first = number == 0
         out = [Stretch("batch", self._fetch())]
+        if self.sharing is not None:
+            out += self.sharing.beginning(self, number)
         grads: list[int] = []
         micro_steps = min(self.accumulation, PLAYED)
         for micro in range(micro_steps):

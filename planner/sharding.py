@@ -18,25 +18,28 @@ torch/distributed/fsdp/_fully_shard/, accelerate/accelerator.py (_prepare_fsdp2)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from vramplan.planner import loading
+from vramplan.planner import around, loading
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Module
     from vramplan.planner.run import MicroStep, Program, Run, Stretch
+    from vramplan.planner.trainer import Trainer
     from vramplan.planner.training import TrainingOptions
 
 COPY_IN, REDUCE = 1, 2  # FSDP's all_gather_copy_in_stream and reduce_scatter_stream
 STREAMS = 3
 GATHERED, BUFFERS = "gathered weights", "communication buffers"
+BUCKETS = "gradient buckets"
 SOURCES = {
+    BUCKETS: "torch, csrc/distributed/c10d/reducer.cpp: gradients once more, side by side, to be added up",
     GATHERED: "torch, fully_shard: the whole weights of the units that run, and what they are gathered in",
     BUFFERS: "torch, fully_shard: gradients of a unit side by side, to be added up over the ranks",
 }
@@ -51,8 +54,14 @@ class Sharing(Protocol):
     def parameters(self, run: Run) -> list[Parameter]:
         """The trained parameters as this rank's optimizer holds them."""
 
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """The training loop, as it runs under this."""
+
     def loading(self, run: Run) -> tuple[Stretch, ...]:
         """What happens before the first step; the first three stretches are those of one GPU."""
+
+    def beginning(self, run: Run, number: int) -> list[Stretch]:
+        """What happens before the first forward of step `number`, once those before it were played."""
 
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """A micro-step with what sharing adds, and the gradients that are left; `first` made those that it adds to."""
@@ -107,6 +116,108 @@ class Unit:
         return sum(prod(s.local(ranks)) for s in trained), ITEMSIZE[trained[0].dtype] if trained else 0
 
 
+# ------------------------------------------------------------------------------------------------------------------ DDP
+
+FIRST_BUCKET, BUCKET, BROADCAST = 2**20, 25 * 2**20, 250 * 2**20  # torch/nn/parallel/distributed.py
+_IN_FLIGHT = 2  # flat tensors that a broadcast of parameters holds at once (comm.cpp, broadcast_coalesced)
+
+
+def buckets(sizes: Iterable[tuple[int, str]], limits: Sequence[int]) -> list[int]:
+    """Bytes of the buckets that tensors of (bytes, dtype) are put in, in the order in which they become full.
+
+    reducer.cpp, compute_bucket_assignment_by_size: one dtype a bucket, closed once it has reached its limit; the first
+    of a dtype has the first limit, the last limit holds for all further ones.
+    """
+    found: list[int] = []
+    open_: dict[str, int] = {}
+    closed: dict[str, int] = {}
+    for nbytes, dtype in sizes:
+        open_[dtype] = open_.get(dtype, 0) + nbytes
+        if open_[dtype] >= limits[min(closed.get(dtype, 0), len(limits) - 1)]:
+            found.append(open_.pop(dtype))
+            closed[dtype] = closed.get(dtype, 0) + 1
+    return found + list(open_.values())
+
+
+class Ddp:
+    """DistributedDataParallel, as accelerate wraps a model for the Trainer: everything on every rank.
+
+    `find_unused` parameters is what the Trainer asks for with an adapter, and without checkpointing: then buckets are
+    those of the beginning, and outputs are cloned. Else one bucket of each dtype is made first, and after the first
+    step they are made anew in the order in which gradients came.
+    """
+
+    def __init__(self, *, find_unused: bool) -> None:
+        self.find_unused = find_unused
+        self._buckets: list[int] = []
+
+    def played(self, s: Settings) -> Settings:
+        """As on one GPU."""
+        return s
+
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """The outputs are cloned where unused parameters are looked for."""
+        if not self.find_unused or trainer.loss is not around.loss:
+            return trainer
+        return replace(trainer, loss=partial(around.loss, cloned=True))
+
+    def parameters(self, run: Run) -> list[Parameter]:
+        """All of them."""
+        return run.trained
+
+    def loading(self, run: Run) -> tuple[Stretch, ...]:
+        """Rank 0's parameters are sent to all others, some 250 MiB at a time; then buckets are made."""
+        from vramplan.planner.run import Stretch
+
+        before, new = loading.play(run), run.program.new
+        there = alive_in_order(e for stretch in before for e in stretch.events)
+        weights = [i for i in there if run.program.labels[i] not in _STAYS]
+        sent = buckets(((run.program.sizes[i], _kind(run.program.labels[i])) for i in weights), [BROADCAST])
+        events: list[int] = []
+        flying: list[int] = []
+        for nbytes in sent:
+            if len(flying) == _IN_FLIGHT:
+                events.append(2 * flying.pop(0) + 1)
+            flying.append(new(nbytes, "parameters, to be sent", BUFFERS))
+            events.append(2 * flying[-1])
+        events += [2 * i + 1 for i in flying]
+        limits = [FIRST_BUCKET, BUCKET] if self.find_unused else [2**62]
+        sizes = [(p.numel * ITEMSIZE[p.dtype], p.dtype) for p in run.trained]
+        self._buckets = [new(n, "gradient bucket", BUCKETS) for n in reversed(buckets(sizes, limits))]
+        events += [2 * i for i in self._buckets]
+        return (*before, Stretch("sharing", events))
+
+    def beginning(self, run: Run, number: int) -> list[Stretch]:
+        """The second step begins with new buckets (rebuild_buckets); the old ones go before those are made."""
+        from vramplan.planner.run import Stretch
+
+        if number != 1 or self.find_unused:
+            return []
+        made = run.first_micro_step
+        grads = set(made.grads)
+        came = (e >> 1 for stretch in made.stretches for e in stretch.events if not e & 1 and e >> 1 in grads)
+        dtype = dict(zip(made.grads, (p.dtype for p in run.trained), strict=True))
+        sizes = [(run.program.sizes[g], dtype[g]) for g in came]
+        old = self._buckets
+        self._buckets = [run.program.new(n, "gradient bucket", BUCKETS) for n in buckets(sizes, [FIRST_BUCKET, BUCKET])]
+        return [Stretch("gradient buckets", [*(2 * i + 1 for i in old), *(2 * i for i in self._buckets)])]
+
+    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
+        """Gradients are copied to their buckets and back: nothing is allocated."""
+        return made.stretches, made.grads
+
+
+def alive_in_order(events: Iterable[int]) -> list[int]:
+    """The tensors that are there after `events`, in the order in which they were made."""
+    there: dict[int, None] = {}
+    for event in events:
+        if event & 1:
+            del there[event >> 1]
+        else:
+            there[event >> 1] = None
+    return list(there)
+
+
 # ---------------------------------------------------------------------------------------------------------------- FSDP2
 
 
@@ -131,6 +242,14 @@ class Fsdp:
             s, weights_dtype=low, autocast=None, compute_dtype=low, adapter_dtype=low, prepare_kbit=False, hooked=True
         )
 
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """As on one GPU."""
+        return trainer
+
+    def beginning(self, run: Run, number: int) -> list[Stretch]:  # noqa: ARG002
+        """Nothing."""
+        return []
+
     def units(self, run: Run) -> Units:
         """What fully_shard makes of the model."""
         if self._units is None:
@@ -147,14 +266,13 @@ class Fsdp:
 
     def loading(self, run: Run) -> tuple[Stretch, ...]:
         """A 4-bit model is quantised on each GPU as a whole; any other is loaded in host memory, and comes by units."""
-        from vramplan.planner.run import Stretch, alive
+        from vramplan.planner.run import Stretch
 
         units, program = self.units(run), run.program
         if run.loaded.method == "qlora":
             before = loading.play(run)
-            there = alive(e for stretch in before for e in stretch.events)
-            kept = {i for i in there if program.labels[i] in _STAYS}
-            gone = [2 * i + 1 for i in sorted(there - kept)]
+            there = alive_in_order(e for stretch in before for e in stretch.events)
+            gone = [2 * i + 1 for i in there if program.labels[i] not in _STAYS]
         else:
             before = (Stretch("loading", []), Stretch("k-bit preparation", []), Stretch("adapter", []))
             gone = []
@@ -176,6 +294,11 @@ class Fsdp:
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """The hooks of fully_shard around forward and backward; without `last` no gradient is added up (no_sync)."""
         return _Hooks(self, run, made, first, last).play()
+
+
+def _kind(label: str) -> str:
+    """The dtype of a tensor that loading made, as far as tensors of one are told from those of another."""
+    return "uint8" if label == "weight, 4 bit" else "fp32" if "float32" in label or label.endswith("fp32") else "own"
 
 
 # What of a 4-bit weight is no parameter, so that every rank keeps it whole (bitsandbytes, QuantState); and buffers.
@@ -259,6 +382,9 @@ def of(options: TrainingOptions) -> Sharing | None:
         return Fsdp(
             options.num_gpus, reshard_after_forward=options.reshard_after_forward, cpu_offload=options.cpu_offload
         )
+    if options.parallel == "ddp":
+        # transformers/trainer.py, _build_accelerator_args: a PeftModel is no PreTrainedModel
+        return Ddp(find_unused=options.lora or not options.gradient_checkpointing)
     return None
 
 
