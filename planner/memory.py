@@ -230,6 +230,8 @@ def replay(
     beginning = run.loading
     before_training: list[Replay] = []
     for position, stretch in enumerate(beginning):
+        if position == READY:
+            allocator.empty_cache()  # transformers/trainer.py, _inner_training_loop: accelerate's free_memory
         before_training.append(replayed(set(), beginning, position))
         if failed:
             break

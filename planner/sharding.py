@@ -20,13 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vramplan.planner import around, loading
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Module
@@ -122,21 +122,30 @@ FIRST_BUCKET, BUCKET, BROADCAST = 2**20, 25 * 2**20, 250 * 2**20  # torch/nn/par
 _IN_FLIGHT = 2  # flat tensors that a broadcast of parameters holds at once (comm.cpp, broadcast_coalesced)
 
 
-def buckets(sizes: Iterable[tuple[int, str]], limits: Sequence[int]) -> list[int]:
-    """Bytes of the buckets that tensors of (bytes, dtype) are put in, in the order in which they become full.
+class Bucket(NamedTuple):
+    """Tensors of one dtype side by side: the place of the first among all, how many they are, their bytes together."""
 
-    reducer.cpp, compute_bucket_assignment_by_size: one dtype a bucket, closed once it has reached its limit; the first
-    of a dtype has the first limit, the last limit holds for all further ones.
+    first: int
+    tensors: int
+    bytes: int
+
+
+def buckets(sizes: Iterable[tuple[int, str]], limits: Sequence[int]) -> list[Bucket]:
+    """The buckets that tensors of (bytes, dtype) are put in, in the order in which they become full.
+
+    reducer.cpp, compute_bucket_assignment_by_size: a bucket is closed once it has reached its limit; the first of a
+    dtype has the first limit, the last limit holds for all further ones.
     """
-    found: list[int] = []
-    open_: dict[str, int] = {}
+    found: list[Bucket] = []
+    filling: dict[str, Bucket] = {}
     closed: dict[str, int] = {}
-    for nbytes, dtype in sizes:
-        open_[dtype] = open_.get(dtype, 0) + nbytes
-        if open_[dtype] >= limits[min(closed.get(dtype, 0), len(limits) - 1)]:
-            found.append(open_.pop(dtype))
+    for place, (nbytes, dtype) in enumerate(sizes):
+        first, tensors, before = filling.get(dtype, (place, 0, 0))
+        filling[dtype] = Bucket(first, tensors + 1, before + nbytes)
+        if before + nbytes >= limits[min(closed.get(dtype, 0), len(limits) - 1)]:
+            found.append(filling.pop(dtype))
             closed[dtype] = closed.get(dtype, 0) + 1
-    return found + list(open_.values())
+    return found + list(filling.values())
 
 
 class Ddp:
@@ -170,20 +179,19 @@ class Ddp:
         from vramplan.planner.run import Stretch
 
         before, new = loading.play(run), run.program.new
-        there = alive_in_order(e for stretch in before for e in stretch.events)
-        weights = [i for i in there if run.program.labels[i] not in _STAYS]
-        sent = buckets(((run.program.sizes[i], _kind(run.program.labels[i])) for i in weights), [BROADCAST])
+        sent = buckets(_tensors(run), [BROADCAST])
         events: list[int] = []
-        flying: list[int] = []
-        for nbytes in sent:
+        flying: list[list[int]] = []  # a tensor that is alone is sent from where it lies
+        for bucket in sorted(sent):
             if len(flying) == _IN_FLIGHT:
-                events.append(2 * flying.pop(0) + 1)
-            flying.append(new(nbytes, "parameters, to be sent", BUFFERS))
-            events.append(2 * flying[-1])
-        events += [2 * i + 1 for i in flying]
+                events += [2 * i + 1 for i in flying.pop(0)]
+            flying.append([new(bucket.bytes, "parameters, to be sent", BUFFERS)] if bucket.tensors > 1 else [])
+            events += [2 * i for i in flying[-1]]
+        events += [2 * i + 1 for each in flying for i in each]
         limits = [FIRST_BUCKET, BUCKET] if self.find_unused else [2**62]
         sizes = [(p.numel * ITEMSIZE[p.dtype], p.dtype) for p in run.trained]
-        self._buckets = [new(n, "gradient bucket", BUCKETS) for n in reversed(buckets(sizes, limits))]
+        made = sorted(buckets(sizes, limits), reverse=True)
+        self._buckets = [new(bucket.bytes, "gradient bucket", BUCKETS) for bucket in made]
         events += [2 * i for i in self._buckets]
         return (*before, Stretch("sharing", events))
 
@@ -199,12 +207,30 @@ class Ddp:
         dtype = dict(zip(made.grads, (p.dtype for p in run.trained), strict=True))
         sizes = [(run.program.sizes[g], dtype[g]) for g in came]
         old = self._buckets
-        self._buckets = [run.program.new(n, "gradient bucket", BUCKETS) for n in buckets(sizes, [FIRST_BUCKET, BUCKET])]
+        made_anew = buckets(sizes, [FIRST_BUCKET, BUCKET])
+        self._buckets = [run.program.new(bucket.bytes, "gradient bucket", BUCKETS) for bucket in made_anew]
         return [Stretch("gradient buckets", [*(2 * i + 1 for i in old), *(2 * i for i in self._buckets)])]
 
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
         """Gradients are copied to their buckets and back: nothing is allocated."""
         return made.stretches, made.grads
+
+
+def _tensors(run: Run) -> Iterator[tuple[int, str]]:
+    """Bytes and dtype of every parameter and buffer, in the order of named_parameters."""
+    a, s = run.architecture, run.loaded
+    for _, module, layer in a.modules():
+        held, quantised = (run.outer, run.quantised_outside) if layer is None else (run.layers[layer], run.quantised[layer])
+        for weight in a.own_weights(module):
+            if module.name in quantised and weight.name == "weight":
+                yield -(-weight.numel // 2), "uint8"
+            else:
+                yield weight.numel * ITEMSIZE[s.frozen_dtype], s.frozen_dtype
+        for p in held.parameters:
+            if s.method != "full" and p.name.startswith(f"{module.name}."):
+                yield p.numel * ITEMSIZE[p.dtype], p.dtype
+    for _, nbytes in loading.buffers(a):
+        yield nbytes, "fp32"
 
 
 def alive_in_order(events: Iterable[int]) -> list[int]:
@@ -276,6 +302,7 @@ class Fsdp:
         else:
             before = (Stretch("loading", []), Stretch("k-bit preparation", []), Stretch("adapter", []))
             gone = []
+        tables = [f"{m.name}.weight" for m in (run.token_embedding, run.architecture.output)]
         events: list[int] = []
         for unit in units.all:
             moved = []
@@ -286,7 +313,8 @@ class Fsdp:
                 if not self.cpu_offload:
                     part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
                     events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
-            events += [2 * i + 1 for i in moved]
+            for i in moved:  # fsdp2_prepare_model has names for the embedding's and the head's weight until it returns
+                (gone if program.scopes[i] in tables else events).append(2 * i + 1)
         if run.loaded.method != "qlora":
             events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
         return (*before, Stretch("sharding", [*events, *gone]))
@@ -294,11 +322,6 @@ class Fsdp:
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """The hooks of fully_shard around forward and backward; without `last` no gradient is added up (no_sync)."""
         return _Hooks(self, run, made, first, last).play()
-
-
-def _kind(label: str) -> str:
-    """The dtype of a tensor that loading made, as far as tensors of one are told from those of another."""
-    return "uint8" if label == "weight, 4 bit" else "fp32" if "float32" in label or label.endswith("fp32") else "own"
 
 
 # What of a 4-bit weight is no parameter, so that every rank keeps it whole (bitsandbytes, QuantState); and buffers.
