@@ -299,6 +299,7 @@ class Fsdp:
             before = loading.play(run)
             there = alive_in_order(e for stretch in before for e in stretch.events)
             gone = [2 * i + 1 for i in there if program.labels[i] not in _STAYS]
+            run.biases.clear()  # a bias is gathered in the dtype in which it is added
         else:
             before = (Stretch("loading", []), Stretch("k-bit preparation", []), Stretch("adapter", []))
             gone = []
