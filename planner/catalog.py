@@ -99,6 +99,11 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(_gpu(json.loads(line)) for line in _read("gpus.jsonl").splitlines())
 
 
+@cache
+def _gpus_by_name() -> dict[str, Gpu]:
+    return {card.name: card for card in gpus()}
+
+
 def gpu(name: str) -> Gpu:
     """The card with this name, or for a size such as "24GiB" a nameless card on which a process gets that much.
 
@@ -106,6 +111,8 @@ def gpu(name: str) -> Gpu:
     """
     if not isinstance(name, str):
         raise UsageError(f"a GPU is a name such as h200 or a size such as 24GiB, not {shown(name)} (--gpu)")
+    if name in _gpus_by_name():
+        return _gpus_by_name()[name]
     key = _gpu_key(name)
     matching = [card for card in gpus() if key in map(_gpu_key, (card.name, card.title, *card.aliases))]
     by_memory = {card.memory_gb: card for card in reversed(matching)}  # of each memory the first in the table

@@ -94,6 +94,7 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
     default=None,
     help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
 )
+@click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -246,7 +247,7 @@ def probe(
     Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
     """
     asked = _asked(config, model=model, **options)
-    for name in ("gpu", "stack", "calibration"):
+    for name in ("gpu", "stack", "calibration", "prices"):
         if name in asked:
             raise UsageError(f"{shown(config)} names a {name}, and a probe measures what is here; leave it out")
     model = asked.pop("model", None)
@@ -382,7 +383,7 @@ def _profile(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         wrong = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
         raise UsageError(f"{shown(file)} is no TOML: {wrong} (--config)") from None
-    known = [*OPTIONS, "model", "gpu", "stack", "calibration"]
+    known = [*OPTIONS, "model", "gpu", "stack", "calibration", "prices"]
     for name in profile:
         if name not in known:
             raise unknown(f"option in {shown(file)}:", name, known, "--config")

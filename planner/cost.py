@@ -1,7 +1,7 @@
 """What a whole run takes: tokens, steps, hours, dollars and electricity, offer by offer.
 
-The time of a step is given. Only training counts: neither setting up, downloading, evaluating and saving, nor what a
-spot instance that is taken back repeats.
+The time of a step is given, with its range (throughput.py). Only training counts: neither setting up, downloading,
+evaluating and saving, nor what a spot instance that is taken back repeats.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vramplan.planner.prices import Offer
+    from vramplan.planner.throughput import Range
     from vramplan.planner.training import TrainingOptions
 
 
@@ -33,21 +34,25 @@ class Work:
 class Cost:
     """What a run takes on one offer.
 
-    `usd` is for the whole instance, whose other GPUs idle where it has more than the run uses. `kwh` is what those in
-    use take at most, drawing their TDP all the time; None where that is not known. `sessions` is into how many the
-    provider's limit cuts the run, each but the first resumed from a checkpoint.
+    `hours` come of a step's `step_s`, `hours_low` and `hours_high` of its fast and its slow end; the rest is that of
+    `hours`. `usd` is for the whole instance, whose other GPUs idle where it has more than the run uses. `kwh` is what
+    those in use take at most, drawing their TDP all the time; None where that is not known. `sessions` is into how many
+    the provider's limit cuts the run, each but the first resumed from a checkpoint.
     """
 
     offer: Offer
     num_gpus: int
+    step_s: float
     hours: float
+    hours_low: float
+    hours_high: float
     usd: float
     kwh: float | None
     sessions: int
 
     def to_dict(self) -> dict[str, Any]:
         """The cost as JSON: the offer's fields and its own, side by side."""
-        own = {name: getattr(self, name) for name in ("num_gpus", "hours", "usd", "kwh", "sessions")}
+        own = {name: getattr(self, name) for name in self.__slots__ if name != "offer"}
         return asdict(self.offer) | own
 
 
@@ -68,18 +73,21 @@ def work(run: TrainingOptions) -> Work:
     )
 
 
-def cost(size: Work, offer: Offer, step_s: float, num_gpus: int = 1) -> Cost:
+def cost(size: Work, offer: Offer, step_s: Range, num_gpus: int = 1) -> Cost:
     """What `size` takes on an offer where an optimizer step takes `step_s` seconds, on `num_gpus` of its GPUs.
 
     Every step is taken to last as long, so an epoch's smaller last one is counted in full.
     """
-    seconds = size.steps * step_s
-    hours = seconds / 3600
+    hours, low, high = (size.steps * each / 3600 for each in step_s)
+    seconds = size.steps * step_s.middle
     tdp_w = _tdp_w(offer.gpu)
     return Cost(
         offer=offer,
         num_gpus=num_gpus,
+        step_s=step_s.middle,
         hours=hours,
+        hours_low=low,
+        hours_high=high,
         usd=hours * offer.usd_per_hour,
         kwh=None if tdp_w is None else hours * num_gpus * tdp_w / 1000,
         sessions=1 if offer.session_limit_s is None else max(1, math.ceil(seconds / offer.session_limit_s)),
@@ -87,14 +95,15 @@ def cost(size: Work, offer: Offer, step_s: float, num_gpus: int = 1) -> Cost:
 
 
 def costs(
-    run: TrainingOptions, found: Iterable[Offer], fits: Callable[[str], bool], step_s: Callable[[str], float]
+    run: TrainingOptions, found: Iterable[Offer], fits: Callable[[str], bool], step_s: Callable[[str], Range | None]
 ) -> tuple[Cost, ...]:
     """What `run` costs on each offer that has enough GPUs and where it fits, the cheapest first.
 
-    `fits` and `step_s` answer for a GPU's name; each is asked once for a GPU, `step_s` only where the run fits.
+    `fits` and `step_s` answer for a GPU's name; each is asked once for a GPU, `step_s` only where the run fits. A GPU
+    whose rates nobody has read has no `step_s`, and its offers are left out.
     """
     size = work(run)
-    seconds: dict[str, float | None] = {}
+    seconds: dict[str, Range | None] = {}
     answers = []
     for offer in found:
         if offer.gpu not in seconds:

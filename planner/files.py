@@ -8,7 +8,7 @@ from pathlib import Path
 from vramplan.planner.errors import UsageError, reason, shown
 
 
-def read_bytes(file: str | Path, what: str, option: str, largest: int) -> bytes:
+def read_bytes(file: str | os.PathLike[str], what: str, option: str, largest: int) -> bytes:
     """What is in a file of at most `largest` bytes.
 
     `what` says what it should be ("a CSV file of prices"), `option` where it was named. Raises UsageError for
@@ -27,7 +27,7 @@ def read_bytes(file: str | Path, what: str, option: str, largest: int) -> bytes:
         raise UsageError(f"cannot read {where}: {reason(error)} ({option})") from None
 
 
-def read_text(file: str | Path, what: str, option: str, largest: int, encoding: str = "utf-8") -> str:
+def read_text(file: str | os.PathLike[str], what: str, option: str, largest: int, encoding: str = "utf-8") -> str:
     """The same as text; `encoding` "utf-8-sig" passes over a byte order mark."""
     raw = read_bytes(file, what, option, largest)
     try:

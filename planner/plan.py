@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from vramplan.planner.advice import Advice
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
+    from vramplan.planner.cost import Cost
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
-    from vramplan.planner.memory import MemoryEstimate
+    from vramplan.planner.memory import Component, MemoryEstimate
     from vramplan.planner.run import Run
     from vramplan.planner.throughput import StepTime
 
@@ -53,6 +54,7 @@ class Plan:
     time: StepTime | None
     gpus: tuple[Fit, ...]
     warnings: tuple[str, ...]
+    prices: str | os.PathLike[str] | None = None  # a file of the user's, in place of the known ones
 
     @property
     def gpu(self) -> Gpu | None:
@@ -65,8 +67,37 @@ class Plan:
 
         return advise(self.architecture, self.options, self.device, self.stack, _count)
 
+    def costs(self) -> tuple[tuple[Cost, ...], tuple[str, ...]]:
+        """What the whole run costs on each offer of a GPU that holds the plan, the cheapest first; and warnings.
+
+        Where a GPU was named, only its offers count. Raises UsageError for a file of prices that is wrong.
+        """
+        from vramplan.planner import cost, prices, throughput
+
+        found, warnings = prices.offers(self.prices)
+        cards = {fit.gpu.name: fit.gpu for fit in ([self.fit] if self.fit else self.gpus) if fit.fits and not fit.lacks}
+        step = throughput.work(memory.run_of(self.architecture, self.options, self.device, self.counts))
+
+        def step_s(name: str) -> throughput.Range | None:
+            return throughput.span_of(step, cards[name], self.device.calibration)
+
+        made = cost.costs(self.options, found, cards.__contains__, step_s)
+        stale = prices.stale([each.offer for each in made])
+        return made, (*warnings, *([stale] if stale else []))
+
+    def sizes(self) -> tuple[Component, ...]:
+        """What the run needs beside the GPU: the download, host memory while loading, checkpoints, disk."""
+        from vramplan.planner import cost, sizes
+
+        hub_total = self.bundled.hub_total if self.bundled else None
+        published = sizes.published_dtype(self.model.config)
+        return sizes.sizes(
+            self.architecture, self.counts, self.options, cost.work(self.options).steps, published, hub_total
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""
+        costs, doubts = self.costs()
         return {
             "model": {
                 "name": self.model.name,
@@ -95,20 +126,23 @@ class Plan:
             "time": self.time.to_dict() if self.time else {},
             "gpu": fit_dict(self.fit) if self.fit else None,
             "gpus": [fit_dict(fit) for fit in self.gpus],
-            "cost": [],
-            "warnings": list(self.warnings),
+            "sizes": [part_dict(part) for part in self.sizes()],
+            "cost": [each.to_dict() for each in costs],
+            "warnings": [*self.warnings, *doubts],
             "calibration": self.device.calibration.to_dict() if self.device.calibration else {},
             "vramplan_version": __version__,
         }
 
 
+def part_dict(part: Component) -> dict[str, Any]:
+    """An entry of the contract's "components"."""
+    return {"name": part.name, "bytes": part.bytes, "formula": part.formula, "source": part.source}
+
+
 def memory_dict(memory: MemoryEstimate) -> dict[str, Any]:
     """The contract's "memory"."""
     return {
-        "components": [
-            {"name": part.name, "bytes": part.bytes, "formula": part.formula, "source": part.source}
-            for part in memory.components
-        ],
+        "components": [part_dict(part) for part in memory.components],
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "context_bytes": memory.context_bytes,
@@ -133,13 +167,15 @@ def plan(
     gpu: str | Gpu | None = None,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
+    prices: str | os.PathLike[str] | None = None,
     **options: object,
 ) -> Plan:
     """What fine-tuning `model` needs.
 
     `model` is a bundled name, a config.json's path or content, a model folder, or a Hub id; `gpu` a name of the table,
     a size such as "24GiB", or a Gpu; `stack` the versions to plan for; `calibration` whether to use what
-    `vramplan probe` learned about that GPU on this machine; `options` those of `vramplan --help`, by the same names.
+    `vramplan probe` learned about that GPU on this machine; `prices` a CSV file in place of the known prices; `options`
+    those of `vramplan --help`, by the same names.
     Raises UsageError, one sentence that says what to change, for whatever cannot be planned.
 
     >>> plan("llama-3.1-8b", method="lora", rank=16).counts.trainable
@@ -178,6 +214,7 @@ def plan(
         time=_time(played, card, known) if card else None,
         gpus=tuple(fit if fit and each.gpu == card else each for each in fits(estimate, on, run, versions)),
         warnings=(*warnings, *versions.warnings(_packages(run)), *not_used),
+        prices=prices,
     )
 
 

@@ -71,7 +71,7 @@ _COLUMNS = tuple(field.name for field in fields(Offer))
 _DEFAULTS = {"region": "any", "instance": "", "spot": "no", "session_limit_s": "", "source": ""}
 
 
-def offers(file: str | Path | None = None) -> tuple[tuple[Offer, ...], tuple[str, ...]]:
+def offers(file: str | os.PathLike[str] | None = None) -> tuple[tuple[Offer, ...], tuple[str, ...]]:
     """All offers of `file`, else those fetched and the bundled ones of other providers and GPUs; and warnings.
 
     A refreshed file that cannot be read is passed over with a warning. Raises UsageError for a `file` that is wrong,
@@ -144,7 +144,7 @@ def _names(offer: Offer) -> str:
 # ------------------------------------------------------------------------------------------------------- a file's rows
 
 
-def read(file: str | Path) -> tuple[Offer, ...]:
+def read(file: str | os.PathLike[str]) -> tuple[Offer, ...]:
     """The offers of a CSV file whose first line names the columns, in any order.
 
     provider, gpu, gpu_count, usd_per_hour and date must be there; region, instance, spot (yes or no), session_limit_s

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
+    from vramplan.planner.cost import Cost
     from vramplan.planner.fit import Fit
+    from vramplan.planner.memory import Component
     from vramplan.planner.plan import Plan
     from vramplan.planner.prices import Offer, Refreshed
     from vramplan.planner.throughput import StepTime
@@ -30,6 +32,7 @@ _WIDTH = 80  # where the output is no terminal
 _GAP = "  "  # between columns
 _METHODS = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 _GROUPS = {"all-linear": "all linear layers", "attention": "attention", "mlp": "the MLP"}
+_CHEAPEST = 4  # offers that are shown, besides the fastest
 _FITTING, _TOO_SMALL = 4, 2  # sizes of card that are shown on each side of the limit
 
 
@@ -72,17 +75,20 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     top = [Row((title(plan),), "bold")]
     if plan.fit:
         top.append(Row((verdict(plan.fit),), _colour(plan.fit)))
+    costs, doubts = plan.costs()
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
+    page += [_costs(plan, costs), _sizes(plan.sizes())]
     if advice:
         page.append(_advice(plan))
     if timeline:
         page.append(_timeline(plan))
-    if notes := _notes(plan):
+    if notes := [*_notes(plan), *doubts]:
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     if explain:
-        page.append(_explained(plan))
+        page.append(_explained("How each row of memory is worked out", plan.memory.components))
+        page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
     show(page)
 
 
@@ -219,6 +225,61 @@ def _time(time: StepTime) -> Block:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
+    """The cheapest offers, of each GPU one where none is named, and the fastest; or why there is none."""
+    from vramplan.planner import cost
+
+    size = cost.work(plan.options)
+    run = plan.options
+    heading = (
+        f"The whole run: {format_count(run.examples)} examples of {format_count(run.tokens_per_example)} tokens, "
+        f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'}, {format_count(size.steps)} steps"
+    )
+    best: dict[tuple[str, ...], Cost] = {}
+    for each in costs:
+        best.setdefault((each.offer.provider, each.offer.kind) if plan.fit else (each.offer.gpu,), each)
+    if not best:
+        return Block(heading, "<", [Row((_without_offer(plan),))])
+    shown = list(best.values())[:_CHEAPEST]
+    fastest = cost.fastest_first(best.values())[0]
+    if fastest.hours < shown[0].hours and fastest not in shown:
+        shown.append(fastest)
+    rows = [Row(("$", "hours", "", "kWh", "GPU", "offer"), "dim")]
+    for each in shown:
+        span = f"{_hours(each.hours_low)}-{_hours(each.hours_high)}"
+        kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
+        by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
+        rows.append(Row((f"{each.usd:.2f}", _hours(each.hours), span, kwh, each.offer.gpu, by)))
+    return Block(heading, ">>>><<", rows)
+
+
+def _without_offer(plan: Plan) -> str:
+    """Why a plan has no price."""
+    if plan.fit is None:
+        return "no GPU that is let by the hour holds it"
+    if not plan.fit.fits:
+        return f"{plan.fit.gpu.name} does not hold it"
+    if plan.fit.lacks:
+        return f"{plan.fit.gpu.name} cannot run it without {' and '.join(plan.fit.lacks)}"
+    return f"no known offer of {plan.fit.gpu.name}; a file of your own may have one (--prices)"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+
+
+def offered(made: Cost) -> str:
+    """By whom, on which terms, of which day the price is, and how often the run is cut off."""
+    offer = made.offer
+    count = f"{offer.gpu_count} GPUs" if offer.gpu_count > 1 else ""
+    sessions = f"{made.sessions} sessions of {(offer.session_limit_s or 0) / 3600:g} h" if made.sessions > 1 else ""
+    return ", ".join(filter(None, [offer.provider, count, f"{offer.kind} {offer.date}", sessions]))
+
+
+def _sizes(parts: Iterable[Component]) -> Block:
+    return Block("Beside the GPU", "<>", [Row((part.name, format_bytes(part.bytes))) for part in parts])
 
 
 def _shown_parts(plan: Plan, digits: int) -> tuple[list[str], list[int]]:
@@ -367,12 +428,12 @@ def _learned(known: Calibration) -> str:
     )
 
 
-def _explained(plan: Plan) -> Block:
+def _explained(heading: str, parts: Iterable[Component]) -> Block:
     rows = []
-    for part in plan.memory.components:
+    for part in parts:
         rows.append(Row((f"{format_count(part.bytes)} B", part.name), "bold"))
         rows += [Row(("", part.formula)), Row(("", part.source), "dim")]
-    return Block("How each row is worked out", "><", rows)
+    return Block(heading, "><", rows)
 
 
 # ------------------------------------------------------------------------------------------------------- verification

@@ -8,6 +8,7 @@ without a tokenizer's. tests/test_sizes.py holds all of it against files that tr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vramplan.planner import optimizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SAVE_STEPS = 500  # transformers/training_args.py, save_steps; save_total_limit is None, so every checkpoint stays
 _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_MOST = "bf16"  # what most models are published in
 _PUBLISHED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -120,13 +122,20 @@ def sizes(
     counts: ParameterCounts,
     options: TrainingOptions,
     steps: int,
-    published: str,
+    published: str | None,
     elements: int | None = None,
 ) -> tuple[Component, ...]:
-    """Every size above: the download, host memory while loading, a checkpoint's two large files, and disk."""
-    base = download(architecture, published, elements)
+    """Every size above: the download, host memory while loading, a checkpoint's two large files, and disk.
+
+    `published` is the dtype of the weights' files; bf16 is assumed, and said to be, where that is None.
+    """
+    dtype = published or _MOST
+    base, host = download(architecture, dtype, elements), host_memory(architecture, options, dtype)
+    if published is None:
+        assumed = f"; {dtype} is assumed, the config names no dtype"
+        base, host = (replace(part, formula=part.formula + assumed) for part in (base, host))
     saved = checkpoint(architecture, counts, options)
-    return base, host_memory(architecture, options, published), *saved, disk(base, saved, steps)
+    return base, host, *saved, disk(base, saved, steps)
 
 
 def _safetensors(architecture: Architecture, dtype: str) -> int:

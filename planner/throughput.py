@@ -114,7 +114,7 @@ _TENSOR_BNB_S = 60e-6
 _TENSOR_CLIPPING_S = 6.7e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one and the same for a GPU, so that kernels' seconds are looked up fast
 class Ceilings:
     """What a GPU and its host reach: FLOP/s of products in 16 bits and in 32, and of attention; bytes/s; seconds."""
 
@@ -172,10 +172,15 @@ class StepTime:
 
 def ceilings(gpu: Gpu, calibration: Calibration | None = None) -> tuple[Ceilings, Ceilings, Ceilings] | None:
     """A GPU's ceilings in the middle, at the fast and at the slow end; None where its rates are not known."""
+    if calibration is None:
+        return _ceilings(gpu, None, None)
+    return _ceilings(gpu, calibration.matmul_flops_per_s, calibration.copy_bytes_per_s)
+
+
+@lru_cache
+def _ceilings(gpu: Gpu, learned: float | None, copies: float | None) -> tuple[Ceilings, Ceilings, Ceilings] | None:
     if gpu.tensor_tflops is None or gpu.bandwidth_gb_s is None:
         return None
-    learned = calibration.matmul_flops_per_s if calibration else None
-    copies = calibration.copy_bytes_per_s if calibration else None
     share = _PRODUCTS.get(gpu.vendor or "", _PRODUCTS["NVIDIA"])
     made = []
     number = gpu.multiprocessors or H200.number
@@ -221,12 +226,18 @@ def work(run: Run) -> Work:
     )
 
 
+def span_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Range | None:
+    """Seconds of an optimizer step on `gpu` alone; None where the GPU's rates are not known."""
+    found = ceilings(gpu, calibration)
+    return found and Range(*[sum(_follow(stretch, c) for stretch in step.stretches) for c in found])
+
+
 def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> StepTime | None:
     """The time of an optimizer step on `gpu`; None where the GPU's rates are not known."""
-    found = ceilings(gpu, calibration)
-    if found is None:
+    found, span = ceilings(gpu, calibration), span_of(step, gpu, calibration)
+    if found is None or span is None:
         return None
-    middle, fast, slow = (sum(_follow(stretch, c) for stretch in step.stretches) for c in found)
+    middle, fast, slow = span
     sections = Counter(section for stretch in step.stretches for section in stretch)
     parts = _parts(sections, found[0])
     waiting = max(0.0, middle - sum(part.seconds for part in parts))
@@ -309,22 +320,27 @@ def _kernel_s(kernel: Kernel, c: Ceilings) -> float:
 
 
 def _product_s(kernel: Kernel, c: Ceilings) -> float:
-    """Seconds of a product by its best tiling.
+    """Seconds of a product by its best tiling."""
+    rate = (c.wide_per_s if kernel.wide else c.products_per_s) / c.multiprocessors
+    return min(flops / rate + nbytes / c.bytes_per_s for flops, nbytes in _tilings(kernel, c.multiprocessors))
+
+
+@lru_cache(maxsize=1024)
+def _tilings(kernel: Kernel, multiprocessors: int) -> tuple[tuple[float, float], ...]:
+    """For each way to tile a product the FLOPs that last as long on one multiprocessor, and bytes written at the end.
 
     A tile keeps one multiprocessor busy, and as many tiles run at once as there are multiprocessors: a wave that is
     not full lasts as long as a full one. Where tiles are few, several share one along the inner dimension and add their
     parts up in memory. The last wave's tiles are written when all else is done.
     """
-    rate = (c.wide_per_s if kernel.wide else c.products_per_s) / c.multiprocessors
     item = 4 if kernel.wide else 2
-    best = float("inf")
+    found: list[tuple[float, float]] = []
     for rows, columns in _TILES:
         tiles = kernel.batch * -(-kernel.m // rows) * -(-kernel.n // columns)
-        shares = max(1, min(c.multiprocessors // tiles, kernel.k // _LEAST_K))
-        waves = -(-tiles * shares // c.multiprocessors)
+        shares = max(1, min(multiprocessors // tiles, kernel.k // _LEAST_K))
+        waves = -(-tiles * shares // multiprocessors)
         shorter, longer = sorted((rows, columns))
         reuse = min(1.0, 2 * shorter * longer / (2 * shorter + longer) / _REUSE)
-        computing = waves * 2 * rows * columns * kernel.k / shares / rate / reuse
-        written = rows * columns * (item if shares == 1 else 8) * c.multiprocessors / c.bytes_per_s
-        best = min(best, computing + written)
-    return best
+        flops = waves * 2 * rows * columns * kernel.k / shares / reuse
+        found.append((flops, rows * columns * (item if shares == 1 else 8) * multiprocessors))
+    return tuple(found)

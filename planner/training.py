@@ -223,8 +223,8 @@ def settle(
     if options.gradient_checkpointing and not architecture.gradient_checkpointing:
         raise UsageError(f"transformers cannot checkpoint {name}; add --no-gradient-checkpointing")
     warnings += _positions(options, architecture)
-    warnings += _on_gpu(options, gpu)
-    return options, tuple(warnings)
+    options, more = _on_gpu(options, gpu)
+    return options, (*warnings, *more)
 
 
 # ---------------------------------------------------------------------------------------------------------- one value
@@ -390,13 +390,21 @@ def _positions(options: TrainingOptions, architecture: Architecture) -> list[str
     return [f"seq_len {options.seq_len} is beyond the {most} positions of the model (max_position_embeddings)"]
 
 
-def _on_gpu(options: TrainingOptions, gpu: Gpu | None) -> list[str]:
+def _on_gpu(options: TrainingOptions, gpu: Gpu | None) -> tuple[TrainingOptions, list[str]]:
+    """The options as this GPU takes them: what would be bf16 by default is fp16 where there is no bf16."""
+    warnings: list[str] = []
     if gpu is None:
-        return []
-    warnings = []
-    if gpu.bf16 is False and "bf16" in (options.weights_dtype, options.mixed_precision):
-        weights = "fp32" if options.method == "full" else "fp16"
-        warnings.append(f"{gpu.name} has no bf16; there, train with --weights-dtype {weights} --mixed-precision fp16")
+        return options, warnings
+    low = [name for name in ("weights_dtype", "mixed_precision") if getattr(options, name) == "bf16"]
+    if gpu.bf16 is False and low:
+        weights = "fp32" if options.method == "full" else "fp16"  # GradScaler refuses fp16 weights' gradients
+        as_fp16: dict[str, Any] = {"weights_dtype": weights, "mixed_precision": "fp16"}
+        flags = " ".join(f"{OPTIONS[name].flag} {as_fp16[name]}" for name in low)
+        if options.given.isdisjoint(low):
+            options = replace(options, **{name: as_fp16[name] for name in low})
+            warnings.append(f"{gpu.name} has no bf16, so this is the plan with {flags}")
+        else:
+            warnings.append(f"{gpu.name} has no bf16, which this plan asks for; there, train with {flags}")
     if gpu.flash_attention_2 is False and options.attention == "flash_attention_2":
         warnings.append(f"{gpu.name} cannot run flash_attention_2; choose --attention sdpa there")
-    return warnings
+    return options, warnings

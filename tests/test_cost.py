@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 from vramplan.planner import prices
 from vramplan.planner.cost import Work, cheapest_first, cost, costs, fastest_first, work
 from vramplan.planner.prices import Offer
+from vramplan.planner.throughput import Range
 from vramplan.planner.training import TrainingOptions, parse_options
 
 T4 = Offer("here", "any", "box", "t4", 1, 0.5, False, None, "2026-11-20", "a page")
 FREE = replace(T4, provider="free", usd_per_hour=0.0, session_limit_s=12 * 3600)
 EIGHT = replace(T4, provider="big", gpu="h100", gpu_count=8, usd_per_hour=40.0)
+
+
+def about(step_s: float) -> Range:
+    """A step's time that may be half as long, or twice."""
+    return Range(step_s, step_s / 2, 2 * step_s)
 
 
 def run(**options: Any) -> TrainingOptions:
@@ -78,26 +84,27 @@ def test_steps_are_those_of_trainer(examples: int, batch_size: int, accumulation
 
 def test_a_cost_by_hand() -> None:
     size = Work(tokens=0, sequences=0, steps=3600)
-    made = cost(size, T4, 2.0)
+    made = cost(size, T4, about(2.0))
     assert (made.hours, made.usd, made.kwh, made.sessions) == (2.0, 1.0, 0.14, 1)  # a T4 draws 70 W at most
-    both = cost(size, EIGHT, 2.0, num_gpus=2)
+    both = cost(size, EIGHT, about(2.0), num_gpus=2)
     assert (both.hours, both.usd, both.kwh) == (2.0, 80.0, 2 * 2 * 0.7)  # six of eight idle, and are paid for
     assert json.loads(json.dumps(made.to_dict())) == {
         "provider": "here", "region": "any", "instance": "box", "gpu": "t4", "gpu_count": 1, "usd_per_hour": 0.5,
         "spot": False, "session_limit_s": None, "date": "2026-11-20", "source": "a page",
-        "num_gpus": 1, "hours": 2.0, "usd": 1.0, "kwh": 0.14, "sessions": 1,
+        "num_gpus": 1, "step_s": 2.0, "hours": 2.0, "hours_low": 1.0, "hours_high": 4.0, "usd": 1.0,
+        "kwh": 0.14, "sessions": 1,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("steps", "sessions"), [(1, 1), (43_200, 1), (43_201, 2), (86_400, 2), (86_401, 3)])
 def test_sessions_end_a_run(steps: int, sessions: int) -> None:
-    assert cost(Work(0, 0, steps), FREE, 1.0).sessions == sessions
-    assert cost(Work(0, 0, steps), T4, 1.0).sessions == 1
+    assert cost(Work(0, 0, steps), FREE, about(1.0)).sessions == sessions
+    assert cost(Work(0, 0, steps), T4, about(1.0)).sessions == 1
 
 
 def test_every_card_of_the_table_has_its_energy() -> None:
     for offer in prices.bundled():
-        assert cost(Work(0, 0, 3600), offer, 1.0).kwh is not None
+        assert cost(Work(0, 0, 3600), offer, about(1.0)).kwh is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- all offers
@@ -110,9 +117,9 @@ def test_only_where_it_fits_and_asked_once() -> None:
         asked.append(f"fits {gpu}")
         return gpu != "t4"
 
-    def step_s(gpu: str) -> float:
+    def step_s(gpu: str) -> Range:
         asked.append(f"time {gpu}")
-        return 1.0
+        return about(1.0)
 
     cheap = replace(EIGHT, usd_per_hour=30.0, spot=True)
     found = costs(run(), [EIGHT, T4, cheap, FREE], fits, step_s)
@@ -123,12 +130,12 @@ def test_only_where_it_fits_and_asked_once() -> None:
 
 def test_only_where_there_are_gpus_enough() -> None:
     four = replace(run(), num_gpus=4)
-    found = costs(four, [T4, replace(T4, gpu_count=2), EIGHT], lambda gpu: True, lambda gpu: 1.0)
+    found = costs(four, [T4, replace(T4, gpu_count=2), EIGHT], lambda gpu: True, lambda gpu: about(1.0))
     assert [(each.offer, each.num_gpus) for each in found] == [(EIGHT, 4)]
 
 
 def test_cheapest_and_fastest() -> None:
-    seconds = {"t4": 10.0, "h100": 1.0}
+    seconds = {"t4": about(10.0), "h100": about(1.0)}
     found = costs(run(), [EIGHT, T4, FREE], lambda gpu: True, seconds.__getitem__)
     # 3,000 steps: on the T4 8 h 20 min for $4.17 or nothing, on the H100s 50 minutes for $33.33
     assert [(each.offer.provider, round(each.usd, 2)) for each in found] == [
@@ -144,9 +151,9 @@ def test_cheapest_and_fastest() -> None:
 def test_a_longer_step_costs_no_less(step_s: float, one: Offer, other: Offer) -> None:
     size = work(run())
     for offer in (one, other):
-        short, long = cost(size, offer, step_s), cost(size, offer, 2 * step_s)
+        short, long = cost(size, offer, about(step_s)), cost(size, offer, about(2 * step_s))
         assert long.hours == 2 * short.hours
         assert long.usd == 2 * short.usd
         assert short.sessions <= long.sessions <= 2 * short.sessions
-    first, second = cheapest_first([cost(size, one, step_s), cost(size, other, step_s)])
+    first, second = cheapest_first([cost(size, one, about(step_s)), cost(size, other, about(step_s))])
     assert first.usd <= second.usd

@@ -132,6 +132,39 @@ def test_full_fine_tuning_trains_everything() -> None:
     assert parameters["adapter_bytes"] is None
 
 
+def test_costs_are_those_of_cards_that_hold_the_plan(tmp_path: Path) -> None:
+    """3 epochs of 1,000 examples in micro-steps of one: 3,000 steps; prices by hand."""
+    file = tmp_path / "prices.csv"
+    file.write_text(
+        "provider,gpu,gpu_count,usd_per_hour,date\n"
+        "near,rtx-4090,1,0.5,2026-11-01\nnear,rtx-3060,1,0.1,2026-11-01\nfar,h100,8,16,2026-11-01\n"
+        "far,t4,1,0,2026-11-01\n"
+    )
+    anywhere = plan("llama-3.1-8b", prices=file)
+    made, _ = anywhere.costs()
+    assert {each.offer.gpu for each in made} == {"rtx-4090", "h100"}  # the 12 GB are too few, the T4 has no bf16
+    named = plan("llama-3.1-8b", gpu="rtx-4090", prices=file)
+    (one,), _ = named.costs()
+    assert named.time is not None
+    assert one.hours == pytest.approx(3000 * named.time.step_s / 3600)
+    assert (one.hours_low, one.hours_high) == pytest.approx(
+        (3000 * named.time.low_s / 3600, 3000 * named.time.high_s / 3600)
+    )
+    assert one.usd == pytest.approx(0.5 * one.hours)
+    assert named.to_dict()["cost"] == [one.to_dict()]
+    assert plan("llama-3.1-8b", gpu="24GiB", prices=file).costs()[0] == ()
+    (free,), _ = plan("llama-3.1-8b", gpu="t4", prices=file).costs()  # in fp16
+    assert (free.usd, free.offer.gpu) == (0, "t4")
+
+
+def test_sizes_beside_the_gpu(llama: Plan) -> None:
+    sizes = {part.name: part for part in llama.sizes()}
+    assert 0 < sizes["download"].bytes - 16_060_522_496 < 64 * 1024  # the Hub's index of Llama-3.1-8B
+    assert "bf16 is assumed" in sizes["download"].formula
+    assert sizes["adapter_model.safetensors"].bytes == llama.counts.adapter_bytes
+    assert llama.to_dict()["sizes"][0]["bytes"] == sizes["download"].bytes
+
+
 def test_warnings_are_gathered() -> None:
     made = plan(TINY, gpu="t4", seq_len=4096, stack="torch=1.13")
     assert [warning.split()[0] for warning in made.warnings] == ["seq_len", "t4", "torch"]

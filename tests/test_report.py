@@ -20,6 +20,7 @@ from vramplan.planner.units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 WORDS = st.text(st.characters(codec="ascii", categories=("L", "N", "P")), min_size=1, max_size=30)
 
@@ -63,6 +64,11 @@ def on_terminal(made: Plan, monkeypatch: pytest.MonkeyPatch, columns: int, **env
     monkeypatch.setattr("sys.stdout", terminal)
     report.print_plan(made, explain=True)
     return terminal.getvalue()
+
+
+def block(capsys: pytest.CaptureFixture[str], heading: str) -> list[str]:
+    """The lines of what was printed under a heading."""
+    return capsys.readouterr().out.partition(f"\n\n{heading}")[2].partition("\n\n")[0].splitlines()[1:]
 
 
 def figures(text: str) -> list[tuple[str, int]]:
@@ -194,6 +200,43 @@ def test_the_verdict_on_a_gpu_that_holds_it_only_just(tiny: Plan, capsys: pytest
     assert "none of the known cards" in text  # the line above has said it
     once = dataclasses.replace(made, fit=fit._replace(retries=1))
     assert "gives its cache back once" in " ".join(printed(once, capsys).split())
+
+
+def test_costs_are_few_and_say_which_is_the_fastest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "prices.csv"
+    prices = {
+        "t4": 0.1,
+        "l4": 0.2,
+        "a10g": 0.3,
+        "rtx-3090": 0.1,
+        "rtx-4090": 0.1,
+        "h200": 9,
+        "b200": 90,
+        "a100-40gb": 1,
+    }
+    lines = [f"here,{gpu},1,{usd},2026-11-20" for gpu, usd in prices.items()]
+    file.write_text("\n".join(["provider,gpu,gpu_count,usd_per_hour,date", *lines, "cheap,rtx-3090,1,0.05,2026-11-20"]))
+    report.print_plan(plan("llama-3.2-3b", method="lora", batch_size=2, prices=file))
+    shown = block(capsys, "The whole run: 1,000 examples of 2,048 tokens, 3 epochs, 1,500 steps")
+    assert len(shown) == 1 + 4 + 1
+    assert shown[-1].endswith("h200       here, on demand 2026-11-20, the fastest")  # b200: as slow a host, and dearer
+    assert sum("rtx-3090" in line for line in shown) == 1
+    report.print_plan(plan("llama-3.2-3b", prices=file, gpu="rtx-3090"))
+    shown = block(capsys, "The whole run")
+    assert len(shown) == 3  # both its offers
+    assert "fastest" not in "".join(shown)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"),
+    [
+        ("rtx-3060", "rtx-3060 does not hold it"),
+        ("24GiB", "no known offer of 24GiB; a file of your own may have one (--prices)"),
+    ],
+)
+def test_why_there_is_no_price(gpu: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_plan(plan("llama-3.1-8b", gpu=gpu))
+    assert block(capsys, "The whole run") == [why]
 
 
 def test_notes(capsys: pytest.CaptureFixture[str]) -> None:

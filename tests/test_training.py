@@ -253,16 +253,36 @@ def test_a_model_without_sdpa_takes_eager_and_says_so() -> None:
         settle(parse_options({"attention": "sdpa"}), model("gemma-2-2b"))
 
 
-def test_what_a_gpu_lacks_is_a_warning() -> None:
+@pytest.mark.parametrize(
+    ("asked", "weights", "mixed", "flags"),
+    [
+        ({}, "fp16", "fp16", "--weights-dtype fp16 --mixed-precision fp16"),
+        # GradScaler refuses to unscale float16 gradients, so what is trained itself stays in float32
+        ({"method": "full"}, "fp32", "fp16", "--weights-dtype fp32 --mixed-precision fp16"),
+        ({"weights_dtype": "fp32"}, "fp32", "fp16", "--mixed-precision fp16"),
+        ({"method": "lora", "mixed_precision": "no"}, "fp16", "no", "--weights-dtype fp16"),
+    ],
+)
+def test_without_bf16_a_default_is_fp16(asked: dict[str, Any], weights: str, mixed: str, flags: str) -> None:
+    settled, warnings = settle(parse_options(asked), model("llama-3.1-8b"), catalog.gpu("t4"))
+    assert (settled.weights_dtype, settled.mixed_precision) == (weights, mixed)
+    assert warnings == (f"t4 has no bf16, so this is the plan with {flags}",)
+    again, quiet = settle(parse_options({**asked, "weights_dtype": weights, "mixed_precision": mixed}),
+                          model("llama-3.1-8b"), catalog.gpu("t4"))  # fmt: skip
+    assert (again.as_dict(), quiet) == (settled.as_dict(), ())
+
+
+def test_what_was_asked_for_stays_and_what_a_gpu_lacks_is_a_warning() -> None:
     t4 = catalog.gpu("t4")
-    _, warnings = settle(parse_options({"attention": "flash_attention_2"}), model("llama-3.1-8b"), t4)
+    asked = parse_options({"attention": "flash_attention_2", "weights_dtype": "bf16"})
+    settled, warnings = settle(asked, model("llama-3.1-8b"), t4)
+    assert settled == asked
     assert warnings == (
-        "t4 has no bf16; there, train with --weights-dtype fp16 --mixed-precision fp16",
+        "t4 has no bf16, which this plan asks for; there, train with --weights-dtype fp16 --mixed-precision fp16",
         "t4 cannot run flash_attention_2; choose --attention sdpa there",
     )
-    _, warnings = settle(parse_options({"method": "full"}), model("llama-3.1-8b"), t4)
-    assert warnings == ("t4 has no bf16; there, train with --weights-dtype fp32 --mixed-precision fp16",)
-    assert settle(parse_options({}), model("llama-3.1-8b"), catalog.gpu("24GiB"))[1] == ()
+    for card in ("24GiB", "rtx-3090"):
+        assert settle(parse_options({}), model("llama-3.1-8b"), catalog.gpu(card)) == (parse_options({}), ())
 
 
 @given(st.dictionaries(st.sampled_from([*OPTIONS, "rnak"]), JSON, max_size=4))
