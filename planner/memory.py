@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vramplan.planner import around, blocks, sharding, trl, units
 from vramplan.planner.allocator import Allocator, Streams
+from vramplan.planner.device import nccl_bytes
 from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
@@ -87,6 +88,7 @@ class MemoryEstimate:
     ready_bytes: int
     timeline: tuple[Moment, ...] = ()
     paged_bytes: int = 0
+    nccl_bytes: int = 0  # of `context_bytes`: what NCCL takes where several GPUs share the run
     notes: tuple[str, ...] = ()
     retries: int = 0
     out_of_memory: str = ""
@@ -176,7 +178,9 @@ def estimate(
     """
     run = run or run_of(architecture, options, on, counts)
     made = replay(run, options, on, SOURCES | TRAINERS[options.trainer].sources, limit_bytes)
-    return replace(made, notes=_notes(run, on))
+    nccl, _ = nccl_bytes(options.num_gpus)
+    context = made.context_bytes + nccl
+    return replace(made, context_bytes=context, nccl_bytes=nccl, notes=_notes(run, on, options))
 
 
 class Played(Protocol):
@@ -336,11 +340,11 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, on: Device) -> tuple[str, ...]:
+def _notes(run: Run, on: Device, options: TrainingOptions) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
     notes: list[str] = []
-    s = run.settings
-    if s.frozen_dtype != s.weights_dtype:
+    s = run.loaded
+    if s.frozen_dtype != s.weights_dtype and run.plain_parameters:
         wide = 4 * run.plain_parameters
         notes.append(
             f"prepare_kbit holds embeddings, norms and head in float32: {units.format_gib(wide)}, twice their size "
@@ -364,4 +368,11 @@ def _notes(run: Run, on: Device) -> tuple[str, ...]:
     elif run.kernels & {"flash", "efficient"}:
         names = " and ".join(sorted(run.kernels))
         notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
+    if run.sharing is not None:
+        notes += run.sharing.notes(run)
+        nccl, measured = nccl_bytes(options.num_gpus)
+        if measured != options.num_gpus:
+            notes.append(
+                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured with {measured} GPUs"
+            )
     return tuple(notes)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vramplan.planner import around, loading
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
+from vramplan.planner.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,9 @@ class Sharing(Protocol):
 
     def beginning(self, run: Run, number: int) -> list[Stretch]:
         """What happens before the first forward of step `number`, once those before it were played."""
+
+    def notes(self, run: Run) -> list[str]:
+        """What a reader needs to know of it."""
 
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """A micro-step with what sharing adds, and the gradients that are left; `first` made those that it adds to."""
@@ -211,6 +215,12 @@ class Ddp:
         self._buckets = [run.program.new(bucket.bytes, "gradient bucket", BUCKETS) for bucket in made_anew]
         return [Stretch("gradient buckets", [*(2 * i + 1 for i in old), *(2 * i for i in self._buckets)])]
 
+    def notes(self, run: Run) -> list[str]:
+        """What DDP holds twice."""
+        wide = sum(run.program.sizes[i] for i in self._buckets)
+        clones = ", and clones the logits, because the Trainer has it look for unused parameters" * self.find_unused
+        return [f"DDP holds gradients twice, as such and in buckets of {format_bytes(wide)} together{clones}"]
+
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
         """Gradients are copied to their buckets and back: nothing is allocated."""
         return made.stretches, made.grads
@@ -319,6 +329,26 @@ class Fsdp:
         if run.loaded.method != "qlora":
             events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
         return (*before, Stretch("sharding", [*events, *gone]))
+
+    def notes(self, run: Run) -> list[str]:
+        """What accelerate makes of the options."""
+        s, found = run.loaded, []
+        if s.method == "full" and s.autocast and s.weights_dtype != "fp32":
+            found.append(
+                f"accelerate holds trained weights in float32 under fsdp with mixed precision, and gathers them in "
+                f"{s.autocast}; --mixed-precision no keeps them in {s.weights_dtype}"
+            )
+        if s.method == "qlora":
+            found.append(
+                f"4-bit weights are stored as {s.autocast or s.weights_dtype} (bnb_4bit_quant_storage), so that they are "
+                "sharded; as uint8, the default, each GPU would keep them whole"
+            )
+        if self.cpu_offload:
+            found.append(
+                "offloaded gradients are added up in host memory too, which needs "
+                "TrainingArguments(ddp_backend='cuda:nccl,cpu:gloo')"
+            )
+        return found
 
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """The hooks of fully_shard around forward and backward; without `last` no gradient is added up (no_sync)."""
