@@ -109,6 +109,7 @@ def test_ddp_holds_gradients_twice() -> None:
 
 def test_ddp_makes_its_buckets_anew_before_the_second_step() -> None:
     run = run_of(TINY, method="full")  # with checkpointing the Trainer looks for no unused parameters
+    assert run.loading[-1].name == "sharing"
     made = [stretch for number in range(3) for stretch in run.step(number) if stretch.name == "gradient buckets"]
     assert len(made) == 1
     assert [e & 1 for e in made[0].events] == [1, 0]  # one before, and all in one: they are less than 1 MiB
