@@ -234,7 +234,7 @@ def replay(
     beginning = run.loading
     before_training: list[Replay] = []
     for position, stretch in enumerate(beginning):
-        if position == READY:
+        if position >= READY:
             allocator.empty_cache()  # transformers/trainer.py, _inner_training_loop: accelerate's free_memory
         before_training.append(replayed(set(), beginning, position))
         if failed:
@@ -344,7 +344,7 @@ def _notes(run: Run, on: Device, options: TrainingOptions) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
     notes: list[str] = []
     s = run.loaded
-    if s.frozen_dtype != s.weights_dtype and run.plain_parameters:
+    if s.frozen_dtype != s.weights_dtype and options.parallel in ("none", "ddp", "fsdp"):
         wide = 4 * run.plain_parameters
         notes.append(
             f"prepare_kbit holds embeddings, norms and head in float32: {units.format_gib(wide)}, twice their size "

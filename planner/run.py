@@ -227,7 +227,7 @@ class Run:
         return [f"{m.name}.{w.name}" for m in modules if m.kind == "embedding" for w in m.weights]
 
     @cached_property
-    def _layer_norms(self) -> frozenset[str]:
+    def layer_norms(self) -> frozenset[str]:
         """The trained weights of nn.LayerNorm, which the Trainer leaves without decay whatever they are called."""
         if self.settings.method != "full":
             return frozenset()
@@ -449,7 +449,7 @@ class Run:
             out += self.sharing.beginning(self, number)
         grads: list[int] = []
         micro_steps = min(self.accumulation, PLAYED)
-        for micro in range(micro_steps):
+        for micro in range(micro_steps):  # the last one leaves the gradients that are let go
             stretches, made = self.micro_step(again=micro > 0, last=micro == micro_steps - 1)
             out += self._with_loss(self._with_firsts(stretches) if first and micro == 0 else stretches)
             grads = made or grads
@@ -465,13 +465,19 @@ class Run:
 
     def update(self, first: bool) -> list[Stretch]:
         """What follows backward: clipping and the optimizer."""
-        return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self._optimize(first))]
+        if self.sharing is not None:
+            return self.sharing.update(self, first)
+        return self.update_alone(first)
+
+    def update_alone(self, first: bool) -> list[Stretch]:
+        """The same where every parameter has a gradient of its own."""
+        return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self.optimize(first))]
 
     def update_changes(self) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """What a step leaves of states, and what clipping and a later step add: `optimizer.changes`."""
         return optimizer.changes(
             self.optimizer, self.parameters,
-            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            embeddings=self._embeddings, layer_norms=self.layer_norms, scaled=self.scaled,
             gpu=self.settings.multiprocessors,
         )  # fmt: skip
 
@@ -501,10 +507,11 @@ class Run:
         self._norm = norm
         return self._collect("")
 
-    def _optimize(self, first: bool) -> list[int]:
+    def optimize(self, first: bool) -> list[int]:
+        """The optimizer's step."""
         optimizer.play(
             self._outside, self.optimizer, self.parameters, self._states, first,
-            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            embeddings=self._embeddings, layer_norms=self.layer_norms, scaled=self.scaled,
             gpu=self.settings.multiprocessors,
         )  # fmt: skip
         self._found_inf = None

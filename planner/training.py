@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
 SUPPORTED_TRAINERS = ("transformers", "trl")  # the others are known, and answered with "planned in a later version"
-SUPPORTED_PARALLEL = ("none", "ddp", "fsdp")
 # SFTTrainer never calls prepare_model_for_kbit_training: there it is the user's own line, if any
 _PREPARES_KBIT = {"transformers": True, "trl": False, "unsloth": False}
 
@@ -353,6 +352,8 @@ def _refuse_parallel(run: TrainingOptions) -> None:
     parallel = run.parallel
     if parallel == "fsdp":
         _refuse_fsdp(run)
+    if parallel.startswith("zero"):
+        _refuse_zero(run)
     if parallel != "none" and run.num_gpus == 1:
         raise UsageError(f"parallel {parallel} needs several GPUs and num_gpus is 1; add --num-gpus or leave it out")
     if parallel == "none" and run.num_gpus > 1:
@@ -383,12 +384,21 @@ def _refuse_fsdp(run: TrainingOptions) -> None:
         )
 
 
-def _refuse_unsupported(run: TrainingOptions) -> None:
-    if run.parallel not in SUPPORTED_PARALLEL:
+def _refuse_zero(run: TrainingOptions) -> None:
+    if run.mixed_precision == "no" and run.weights_dtype != "fp32":
+        # deepspeed/runtime/engine.py, __check_params
         raise UsageError(
-            f"parallel {run.parallel} is planned in a later version; "
-            f"known now: {', '.join(SUPPORTED_PARALLEL[1:])} (--parallel)"
+            f"parallel {run.parallel} without mixed precision takes fp32 weights alone, and weights_dtype is "
+            f"{run.weights_dtype}; add --mixed-precision {run.weights_dtype} or --weights-dtype fp32"
         )
+    if run.trainer != "transformers":
+        raise UsageError(
+            f"trainer {run.trainer} is not planned under {run.parallel}; "
+            "choose --trainer transformers or --parallel ddp"
+        )
+
+
+def _refuse_unsupported(run: TrainingOptions) -> None:
     if run.trainer not in SUPPORTED_TRAINERS:
         raise UsageError(
             f"trainer {run.trainer} is planned in a later version; "

@@ -195,7 +195,7 @@ def test_what_fsdp_leaves_after_a_step_is_shards_and_states() -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "zero2", "zero3"])
 def test_every_step_ends_as_it_began(method: str, config: dict[str, Any], checkpointing: bool, parallel: str) -> None:
     options = {"method": method, "gradient_checkpointing": checkpointing, "parallel": parallel}
     for more in ({}, {"gradient_accumulation_steps": 3}):
@@ -243,6 +243,41 @@ def test_offloaded_shards_and_states_take_nothing_of_the_gpu() -> None:
     parts = {part.name: part.bytes for part in made.components}
     assert "optimizer states" not in parts
     assert parts["weights"] == 2 * 4 * 8  # rotary frequencies
+
+
+# ------------------------------------------------------------------------------------------------------------ ZeRO 1, 2
+
+
+def test_the_parts_of_zero() -> None:
+    run = run_of(TINY, method="full", parallel="zero1", num_gpus=4)
+    # with decay: both tables and the layers' matrices; without: 5 norms of 64
+    matrices = 2 * 129 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 97 * 64)
+    assert matrices % 8 == 0
+    assert [p.shape for p in run.parameters] == [(matrices // 4,), (5 * 64 // 4,)]
+    assert {p.dtype for p in run.parameters} == {"fp32"}
+
+
+def test_what_zero_holds_between_steps() -> None:
+    run = run_of(TINY, method="full", parallel="zero2", num_gpus=2)
+    before = [e for stretch in run.loading for e in stretch.events]
+    step = [e for stretch in run.step(0) for e in stretch.events]
+    program, total = run.program, sum(p.numel for p in run.trained)
+    held: dict[str, int] = {}
+    for i in alive([*before, *step]):
+        held[program.parts[i]] = held.get(program.parts[i], 0) + program.sizes[i]
+    assert total % 4 == 0
+    assert held["weights"] == 2 * total + 2 * 4 * 8  # bf16, and two tables of frequencies
+    assert held["master weights"] == 4 * total // 2
+    assert held["optimizer states"] == 8 * total // 2 + 2 * 4  # and a step for each group
+
+
+def test_a_bucket_of_zero_is_there_from_the_loss_to_the_end_of_backward() -> None:
+    run = run_of(TINY, method="full", parallel="zero2")
+    made = run.step(0)
+    bucket = next(i for i, label in enumerate(run.program.labels) if label == "bucket of gradients")
+    assert run.program.sizes[bucket] == 10**9
+    at = [stretch.name for stretch in made for e in stretch.events if e >> 1 == bucket]
+    assert at == ["loss, backward", "backward, embeddings"]
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
