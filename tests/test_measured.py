@@ -4,7 +4,8 @@ The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
 `vramplan probe` itself measured the 13 of h200-probe.jsonl (10 of them what it runs without a model) and the 42 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
-or 80 GiB would leave it.
+or 80 GiB would leave it. The 19 of h200-two-gpus.jsonl are DDP and FSDP2 on two GPUs: 3 of them were there while that was
+written, 16 were planned before they were run; a run's figures are those of the rank that had most.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KNOWN, OTHERS = "h200-single-gpu.jsonl", "h200-other-models.jsonl"
 PROBED, BOUNDARIES = "h200-probe.jsonl", "h200-boundaries.jsonl"
+TWO = "h200-two-gpus.jsonl"
 # It survived, and is planned to run out.
 MISSED = {"llama-3.2-1b-batch_size=3-seq_len=1024-room=7.24GiB"}
 
@@ -41,17 +43,17 @@ def spread(name: str, figure: str) -> Spread:
 
 
 def test_these_are_the_files() -> None:
-    assert {KNOWN, OTHERS, PROBED, BOUNDARIES} == {file.name for file in verify.bundled()}
+    assert {KNOWN, OTHERS, PROBED, BOUNDARIES, TWO} == {file.name for file in verify.bundled()}
 
 
-@pytest.mark.parametrize("name", [KNOWN, OTHERS, PROBED])
+@pytest.mark.parametrize("name", [KNOWN, OTHERS, PROBED, TWO])
 def test_every_run_is_planned_and_fits_as_it_did(name: str) -> None:
     assert [each.failed for each in scores(name) if each.failed] == []
     assert [each.run.id for each in scores(name) if not each.fits_as_measured] == []
     assert len(errors(name, "allocated")) == len(scores(name))
 
 
-@pytest.mark.parametrize("name", [KNOWN, PROBED])
+@pytest.mark.parametrize("name", [KNOWN, PROBED, TWO])
 def test_trainable_parameters_are_exact(name: str) -> None:
     assert [each.run.id for each in scores(name) if not each.trainable_exact] == []
 
@@ -113,3 +115,12 @@ def test_the_time_of_a_step() -> None:
     assert len(found) > 200
     assert median(found) < 0.15
     assert sum(error < 0.35 for error in found) > 0.9 * len(found)
+
+
+def test_two_gpus() -> None:
+    allocated, reserved, device = (spread(TWO, figure) for figure in ("allocated", "reserved", "device"))
+    assert len(errors(TWO, "allocated")) == 19
+    assert allocated.median < 1e-5
+    assert abs(allocated.worst) < 0.0013
+    assert abs(reserved.worst) < 0.001
+    assert abs(device.worst) < 0.001
