@@ -165,8 +165,8 @@ class Ddp:
     step they are made anew in the order in which gradients came.
     """
 
-    def __init__(self, *, find_unused: bool) -> None:
-        self.find_unused = find_unused
+    def __init__(self, ranks: int, *, find_unused: bool) -> None:
+        self.ranks, self.find_unused = ranks, find_unused
         self._buckets: list[int] = []
 
     def played(self, s: Settings) -> Settings:
@@ -834,7 +834,7 @@ def of(options: TrainingOptions) -> Sharing | None:
         return Zero3(options.num_gpus, cpu_offload=options.cpu_offload)
     if options.parallel == "ddp":
         # transformers/trainer.py, _build_accelerator_args: a PeftModel is no PreTrainedModel
-        return Ddp(find_unused=options.lora or not options.gradient_checkpointing)
+        return Ddp(options.num_gpus, find_unused=options.lora or not options.gradient_checkpointing)
     return None
 
 
