@@ -540,12 +540,15 @@ class Streams:
     """
 
     def __init__(
-        self, streams: Mapping[int, int], count: int, *, expandable_segments: bool = False, limit_bytes: int | None = None
+        self,
+        streams: Mapping[int, int],
+        count: int,
+        *,
+        expandable_segments: bool = False,
+        limit_bytes: int | None = None,
     ) -> None:
         self._streams = streams
-        self._each = [
-            Allocator(expandable_segments=expandable_segments, limit_bytes=limit_bytes) for _ in range(count)
-        ]
+        self._each = [Allocator(expandable_segments=expandable_segments, limit_bytes=limit_bytes) for _ in range(count)]
         for one in self._each:
             one._addresses = self._each[0]._addresses
             one._others = tuple(other for other in self._each if other is not one)
@@ -566,7 +569,7 @@ class Streams:
             each.empty_cache()
 
     def replay(self, events: Sequence[int], sizes: Sequence[int] | Mapping[int, int]) -> Replay:
-        """As `Allocator.replay`: each run of events of one stream on that stream's blocks, its peaks beside the rest."""
+        """As `Allocator.replay`: each run of events of one stream on its blocks, with peaks beside the rest."""
         of = self._streams
         stream_of = [of.get(e >> 1, 0) for e in events]
         changes = [i for i in range(1, len(events)) if stream_of[i] != stream_of[i - 1]]
@@ -594,7 +597,17 @@ class Streams:
                 break
         allocated, reserved, requested = self._sums()
         return Replay(
-            allocated, reserved, requested, peaks[0], at[0], peaks[1], at[1], peaks[2], at[2], self.retries - retries, failed
+            allocated,
+            reserved,
+            requested,
+            peaks[0],
+            at[0],
+            peaks[1],
+            at[1],
+            peaks[2],
+            at[2],
+            self.retries - retries,
+            failed,
         )
 
     def _sums(self) -> list[int]:

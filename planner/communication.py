@@ -110,7 +110,7 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool) -
 
 
 def _in_buckets(run: Run, sections: Sequence[Section], times: float) -> list[Section]:
-    """Backward's sections with their share of the gradients, copied to buckets and back, added up as they become full."""
+    """Backward's sections with their share of the gradients, copied to buckets and back, and added up."""
     assert isinstance(run.sharing, Ddp | Zero)
     n = run.sharing.ranks
     layers = len(run.layers)

@@ -373,6 +373,6 @@ def _notes(run: Run, on: Device, options: TrainingOptions) -> tuple[str, ...]:
         nccl, measured = nccl_bytes(options.num_gpus)
         if measured != options.num_gpus:
             notes.append(
-                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured with {measured} GPUs"
+                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} H200s"
             )
     return tuple(notes)

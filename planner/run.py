@@ -166,7 +166,7 @@ class Run:
 
     @cached_property
     def loading(self) -> tuple[Stretch, ...]:
-        """The model on the GPU, k-bit preparation, the adapter; with several GPUs, what sharing the model makes of it."""
+        """The model on the GPU, k-bit preparation, the adapter; with several GPUs, what sharing makes of it."""
         if self.sharing is None:
             return loading.play(self)
         return self.sharing.loading(self)

@@ -51,6 +51,8 @@ SOURCES = {
 class Sharing(Protocol):
     """How several GPUs share a run."""
 
+    ranks: int
+
     def played(self, s: Settings) -> Settings:
         """The settings by which each rank's ops run."""
 
@@ -239,7 +241,9 @@ def _tensors(run: Run) -> Iterator[tuple[int, str]]:
     """Bytes and dtype of every parameter and buffer, in the order of named_parameters."""
     a, s = run.architecture, run.loaded
     for _, module, layer in a.modules():
-        held, quantised = (run.outer, run.quantised_outside) if layer is None else (run.layers[layer], run.quantised[layer])
+        held, quantised = (
+            (run.outer, run.quantised_outside) if layer is None else (run.layers[layer], run.quantised[layer])
+        )
         for weight in a.own_weights(module):
             if module.name in quantised and weight.name == "weight":
                 yield -(-weight.numel // 2), "uint8"
@@ -278,7 +282,7 @@ class Fsdp:
     def played(self, s: Settings) -> Settings:
         """Without autocast: fully_shard gathers weights in the dtype that mixed precision names, and casts inputs.
 
-        accelerate gives MixedPrecisionPolicy that one dtype for parameters, reduction and outputs (set_mixed_precision).
+        accelerate gives MixedPrecisionPolicy one dtype for parameters, reduction and outputs (set_mixed_precision).
         """
         if s.autocast is None:
             return replace(s, hooked=True)
@@ -327,7 +331,9 @@ class Fsdp:
         for unit in units.all:
             moved = []
             if run.loaded.method != "qlora":  # _init_utils' _move_states_to_device, parameter by parameter
-                moved = [program.new(prod(s.shape) * ITEMSIZE[s.dtype], "weight, moved", "", s.name) for s in unit.shares]
+                moved = [
+                    program.new(prod(s.shape) * ITEMSIZE[s.dtype], "weight, moved", "", s.name) for s in unit.shares
+                ]
                 events += [2 * i for i in moved]
             for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
                 if not self.cpu_offload:
@@ -353,8 +359,8 @@ class Fsdp:
             )
         if s.method == "qlora":
             found.append(
-                f"4-bit weights are stored as {s.autocast or s.weights_dtype} (bnb_4bit_quant_storage), so that they are "
-                "sharded; as uint8, the default, each GPU would keep them whole"
+                f"4-bit weights are stored as {s.autocast or s.weights_dtype} (bnb_4bit_quant_storage), so that they "
+                "are sharded; as uint8, the default, each GPU would keep them whole"
             )
         if self.cpu_offload:
             found.append(
@@ -454,8 +460,8 @@ class Zero:
 
     The model is held whole, in 16 bits, and what is trained of it in one flat tensor for each group of parameters. Each
     rank's optimizer holds one part of that in float32. Gradients are copied to a bucket of 500,000,000 elements as
-    they come, and added up when it is full; of the sums a rank keeps those of the parameters that its part touches. Stage
-    1 does the same, because gradients are contiguous by default. Read in DeepSpeed 0.19's source, not measured.
+    they come, and added up when it is full; of the sums a rank keeps those of the parameters that its part touches.
+    Stage 1 does the same, because gradients are contiguous by default. Read in DeepSpeed 0.19's source, not measured.
     """
 
     def __init__(self, ranks: int, stage: int, *, cpu_offload: bool = False) -> None:
@@ -494,7 +500,9 @@ class Zero:
         if self.cpu_offload:
             return []
         names = ("part", "part.norm")  # by which the groups stay apart: the second goes without decay
-        return [Parameter(name, (self.part(g),), "fp32", True) for name, g in zip(names, self.groups(run), strict=False)]
+        return [
+            Parameter(name, (self.part(g),), "fp32", True) for name, g in zip(names, self.groups(run), strict=False)
+        ]
 
     def loading(self, run: Run) -> tuple[Stretch, ...]:
         """The model is cast, each group of what is trained is made flat, and each rank copies its part (__init__).
@@ -514,7 +522,9 @@ class Zero:
             own = program.parts[i] == part and label not in _STAYS
             wide = "float32" in label or label.endswith("fp32") or label == "adapter weight"
             if wide and item < 4 and label not in _STAYS and program.sizes[i] >= 4:
-                narrow = program.new(program.sizes[i] // 4 * item, f"weight, {low}", program.parts[i], program.scopes[i])
+                narrow = program.new(
+                    program.sizes[i] // 4 * item, f"weight, {low}", program.parts[i], program.scopes[i]
+                )
                 events += (2 * narrow, 2 * i + 1)
                 i = narrow
             if own:
@@ -658,7 +668,9 @@ class Zero3(Zero):
         """The layers and what is around them, each weight in the dtype in which it is computed with."""
         if self._units is None:
             made = _units(run, True)
-            shares = {id(unit): Unit(tuple(replace(s, dtype=s.gathered) for s in unit.shares), True) for unit in made.all}
+            shares = {
+                id(unit): Unit(tuple(replace(s, dtype=s.gathered) for s in unit.shares), True) for unit in made.all
+            }
             self._units = replace(
                 made,
                 embedding=shares[id(made.embedding)] if made.embedding else None,
@@ -696,12 +708,14 @@ class Zero3(Zero):
         return [Parameter(f"part {i}", (self.part(g),), "fp32", True) for i, g in enumerate(self.groups(run))]
 
     def loading(self, run: Run) -> tuple[Stretch, ...]:
-        """Weights are partitioned as they are loaded; then come the parts in float32, the bucket, the gradients' buffer."""
+        """Weights are partitioned as they are loaded; then come the parts in float32, the bucket, the gradients."""
         from vramplan.planner.run import Stretch
 
         program, units = run.program, self.units(run)
         whole = run.loaded.method == "qlora"
-        before = loading.play(run) if whole else tuple(Stretch(name, []) for name in ("loading", "preparation", "adapter"))
+        before = (
+            loading.play(run) if whole else tuple(Stretch(name, []) for name in ("loading", "preparation", "adapter"))
+        )
         there = alive_in_order(e for stretch in before for e in stretch.events)
         item = self._item = ITEMSIZE[run.settings.weights_dtype]
         events: list[int] = []
@@ -713,7 +727,9 @@ class Zero3(Zero):
                     nbytes = -(-size // self.ranks) * ITEMSIZE[share.dtype]
                     events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
                 if size <= PERSISTENT:
-                    events.append(2 * program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name))
+                    events.append(
+                        2 * program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
+                    )
         events += [2 * i + 1 for i in there if program.labels[i] not in _STAYS]
         if not whole:
             events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
@@ -772,7 +788,9 @@ class Zero3(Zero):
                 if size > PERSISTENT:
                     padded = -(-size // self.ranks) * self.ranks * ITEMSIZE[share.gathered]
                     flat = new(padded, "weight, gathered in parts", GATHERED, share.name, COPY_IN)
-                    made_ids.append(new(size * ITEMSIZE[share.gathered], "weight, gathered", GATHERED, share.name, COPY_IN))
+                    made_ids.append(
+                        new(size * ITEMSIZE[share.gathered], "weight, gathered", GATHERED, share.name, COPY_IN)
+                    )
                     found += (2 * flat, 2 * made_ids[-1], 2 * flat + 1)
             events[at][0:0] = found
             return [2 * i + 1 for i in made_ids]

@@ -301,7 +301,7 @@ SOURCES = {
     traffic.LOSS: "float32 logits, log-softmax and their gradients, or trl's tiles",
     traffic.CLIPPING: "torch, clip_grad.py: gradients read for the norm, read and written for the factor",
     traffic.OPTIMIZER: "weights, gradients and states, as often as the step's statements read and write them",
-    traffic.COPIES: "weights into and out of the buffers that are gathered, gradients side by side (torch, fully_shard, DDP)",
+    traffic.COPIES: "weights into and out of gathered buffers, gradients side by side (torch, fully_shard, DDP)",
     LINKED: "bytes over each GPU's link that its kernels do not hide (communication.py)",
     WAITING: "ops launched one by one from Python and autograd's thread, slower than the GPU runs them",
 }

@@ -75,6 +75,9 @@ class Hooks(NamedTuple):
         )  # fmt: skip
 
 
+_NO_HOOKS = Hooks()
+
+
 @dataclass(slots=True, eq=False)  # one object for each: a key
 class Section:
     """The kernels of one stretch of a step, each with how often it runs, and what the host does to launch them.
@@ -94,7 +97,7 @@ class Section:
     by: str = ""  # the optimizer
     gathered: int = 0  # bytes over each GPU's link before it begins,
     reduced: int = 0  # and after it
-    hooks: Hooks = Hooks()
+    hooks: Hooks = _NO_HOOKS
     sharded: bool = False  # the tensors are DTensors
 
     @property

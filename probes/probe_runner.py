@@ -111,7 +111,6 @@ class Runner:
         return f"the process {how}" + (f"; its last words: {last}" if last else "")
 
 
-
 def _child(theirs: connection.Connection, job: str, argument: Any, log: str) -> None:
     """In the job's process: calls it, and sends (outcome, answer, reason)."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

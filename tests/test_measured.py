@@ -4,9 +4,10 @@ The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
 `vramplan probe` itself measured the 13 of h200-probe.jsonl (10 of them what it runs without a model) and the 42 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
-or 80 GiB would leave it. The 19 of h200-two-gpus.jsonl are DDP and FSDP2 on two GPUs: 3 of them were there while that was
-written, 16 were planned before they were run, as the 5 of h200-four-gpus.jsonl were; a run's figures are those of the rank that
-had most.
+or 80 GiB would leave it.
+
+The 19 of h200-two-gpus.jsonl are DDP and FSDP2 on two GPUs: 3 of them were there while that was written, 16 planned
+before they were run, as the 5 of h200-four-gpus.jsonl were. Such a run's figures are those of the rank that had most.
 """
 
 from __future__ import annotations

@@ -205,7 +205,10 @@ def test_what_are_no_target_modules(given: Any) -> None:
             {"method": "lora", "attention": "flash_attention_2", "weights_dtype": "fp32", "mixed_precision": "no"},
             "flash_attention_2 computes in fp16 or bf16 only",
         ),
-        ({"optimizer": "paged_adamw_8bit", "num_gpus": 2, "parallel": "fsdp"}, "paged_adamw_8bit cannot step fsdp's sharded tensors"),
+        (
+            {"optimizer": "paged_adamw_8bit", "num_gpus": 2, "parallel": "fsdp"},
+            "paged_adamw_8bit cannot step fsdp's sharded tensors",
+        ),
         ({"parallel": "fsdp"}, "parallel fsdp needs several GPUs and num_gpus is 1"),
         ({"parallel": "none", "num_gpus": 2}, "num_gpus 2 needs a way to share the work"),
         ({"cpu_offload": True}, "cpu_offload belongs to fsdp and zero, and parallel is none"),
