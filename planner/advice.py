@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vramplan.planner.errors import UsageError
 from vramplan.planner.memory import run_of
 from vramplan.planner.quick import peak_bytes
-from vramplan.planner.training import OPTIONS, SUPPORTED_TRAINERS, TrainingOptions, parse_options, settle
+from vramplan.planner.training import SUPPORTED_TRAINERS, TrainingOptions, flags, for_method, parse_options, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,14 +31,7 @@ class Advice:
     @property
     def flags(self) -> str:
         """The change as it is typed."""
-        words = []
-        for name, value in self.change.items():
-            flag = OPTIONS[name].flag
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words.append(f"{flag} {value}")
-        return " ".join(words)
+        return flags(self.change)
 
 
 def advise(
@@ -72,10 +65,8 @@ def advise(
 
 def _with(options: TrainingOptions, change: dict[str, Any]) -> TrainingOptions:
     """The options as they were asked for, with a change: what the new method does not know is left out."""
-    method = change.get("method", options.method)
-    asked = {name: value for name, value in options.as_dict().items() if value is not None}
-    if method == "full":
-        asked = {k: v for k, v in asked.items() if k not in ("rank", "lora_alpha", "lora_dropout", "target_modules")}
+    known = {name: value for name, value in options.as_dict().items() if value is not None}
+    asked = for_method(known, change.get("method", options.method))
     if "trainer" in change and "prepare_kbit" not in options.given:
         asked.pop("prepare_kbit", None)  # each trainer has its own default
     return parse_options(asked | change)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
+from functools import partial
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import Option
 
 _LARGEST_PROFILE = 2**20  # bytes; a profile is a few lines
+_PLANNED = (*OPTIONS, "model", "gpu", "stack", "calibration", "prices")  # what a plan takes, in a profile as in Python
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -61,10 +64,13 @@ def cli() -> None:
     """
 
 
-def _training_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Adds every training option. Values stay as typed: training.parse_options judges them."""
+def _training_options(command: Callable[..., int], **defaults: str) -> Callable[..., int]:
+    """Adds every training option, with `defaults` of the command's own in its help.
+
+    Values stay as typed: training.parse_options judges them.
+    """
     for option in reversed(OPTIONS.values()):
-        command = _click_option(option)(command)
+        command = _click_option(option._replace(default=defaults.get(option.name, option.default)))(command)
     return command
 
 
@@ -79,6 +85,15 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
 
 
 _gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+_stack = click.option(
+    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
+)
+_calibration = click.option(
+    "--calibration/--no-calibration",
+    default=None,
+    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
+)
+_prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
@@ -86,15 +101,9 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @click.argument("model", required=False)
 @_training_options
 @_gpu
-@click.option(
-    "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
-)
-@click.option(
-    "--calibration/--no-calibration",
-    default=None,
-    help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
-)
-@click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
+@_stack
+@_calibration
+@_prices
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
@@ -111,9 +120,7 @@ def plan(
       vramplan plan gpt2 --method full --seq-len 512 --explain
       vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
     """
-    asked = _asked(config, model=model, **options)
-    if "model" not in asked:
-        raise UsageError("no model is named; add one, such as vramplan llama-3.1-8b (MODEL)")
+    asked = _question(config, model=model, **options)
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
@@ -139,6 +146,150 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
     if found is None:
         raise UsageError(f"{error}; `vramplan trace {asked['model']}` with the same options runs its own code")
     return _print_trace(found, as_json)
+
+
+@cli.command(short_help="Find the largest run that fits a GPU.")
+@click.argument("model", required=False)
+@click.option(
+    "--over",
+    metavar="NAMES",
+    help="What is varied: batch_size, seq_len, rank, method.  [default: batch_size,seq_len]",
+)
+@_gpu
+@_training_options
+@_stack
+@_calibration
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def fit(model: str | None, over: str | None, config: str | None, as_json: bool, **options: object) -> int:
+    """Find the largest run of MODEL that fits a GPU.
+
+    Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
+    cache, how much it leaves, and why the next one fails. batch_size and seq_len together give the largest batch for
+    each sequence length besides, with method for each method.
+
+    \b
+    Examples:
+      vramplan fit llama-3.1-8b --gpu rtx-4090
+      vramplan fit qwen3-4b --gpu 16GiB --over rank,method --seq-len 4096
+      vramplan fit llama-3.2-1b --gpu t4 --over batch_size --method full --json
+
+    Exit codes: 0 something fits; 1 nothing does; 2 the question was wrong.
+    """
+    asked = _question(config, model=model, **options)
+    from vramplan.planner import capacity, report, report_decide
+
+    def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (search() for search in report.tracked(searches, len(searches), "searching"))
+
+    asked.pop("prices", None)  # of a profile that is for plans as well
+    asked |= {} if over is None else {"over": over}
+    found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report_decide.print_fit(found)
+    return 0 if found.fits else 1
+
+
+@cli.command(short_help="Find the cheapest and the fastest way to train.")
+@click.argument("model", required=False)
+@click.option("--budget", metavar="DOLLARS", help="The most that the run may cost, such as 50usd.")
+@click.option("--deadline", metavar="TIME", help="The longest that it may take, such as 8h, 90min or 2d.")
+@click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
+@click.option("--offers", metavar="WORDS", help="Only offers that these words find, as in `vramplan prices`.")
+@_prices
+@partial(_training_options, method="all of them")
+@_stack
+@_calibration
+@_config
+@click.option("--all", "everything", is_flag=True, help="Show every way, not only those that no other beats.")
+@click.option("--json", "as_json", is_flag=True, help="Print every way as JSON.")
+def choose(
+    model: str | None, config: str | None, offers: str | None, everything: bool, as_json: bool, **options: object
+) -> int:
+    """Find the cheapest and the fastest way to train MODEL: the method, the GPU, and who lets it.
+
+    Every method, or the one named, is planned on every GPU that has an offer, and priced where it fits; the other
+    options are the same on every GPU. What is within a budget and a deadline goes by the middle of the hours' range.
+
+    \b
+    Examples:
+      vramplan choose llama-3.1-8b --budget 50usd --deadline 8h
+      vramplan choose qwen3-4b --method lora --gpu rtx-4090,l4 --examples 20000
+      vramplan choose gpt2 --seq-len 512 --deadline 90min --offers "on demand"
+
+    Exit codes: 0 there is a way; 1 there is none within budget and deadline; 2 the question was wrong.
+    """
+    asked = _question(config, model=model, **options)
+    from vramplan.planner import choose as choosing
+    from vramplan.planner import report, report_decide
+
+    def each(trials: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (trial() for trial in report.tracked(trials, len(trials), "planning"))
+
+    found = choosing.choose(asked.pop("model"), offers=(offers or "").split(), each=each, **asked)
+    if as_json:
+        report.print_json(found.to_dict())
+    else:
+        report_decide.print_choice(found, everything=everything)
+    return 0 if found.within else 1
+
+
+@cli.command(short_help="Show plans side by side.")
+@click.argument("plans", metavar="PLAN...", nargs=-1)
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@_prices
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: object) -> int:
+    """Show two plans or more side by side, and where they differ from the first.
+
+    A PLAN is a model, a TOML file of options, an answer saved with --json (a plan's or a trace's), or a command line
+    of its own in quotes. Options beside them are for all plans but the saved ones; a plan's own go first.
+
+    \b
+    Examples:
+      vramplan compare llama-3.1-8b qwen3-8b --method lora --gpu rtx-4090
+      vramplan compare "gpt2 --method full" "gpt2 --rank 8" --seq-len 512
+    """
+    shared = _asked(config, **options)
+    if "model" in shared:
+        raise UsageError(f"{shown(config)} names a model; leave it out, since each PLAN names its own")
+    from vramplan.planner import comparison, report, report_decide
+
+    if not 2 <= len(plans) <= len(comparison.LETTERS):
+        raise UsageError(f"compare takes 2 to {len(comparison.LETTERS)} plans, and here are {len(plans)} (PLAN)")
+    sides = [comparison.side(_answer(word, shared), word) for word in plans]
+    if as_json:
+        report.print_json(comparison.to_dict(sides))
+    else:
+        report_decide.print_comparison(sides)
+    return 0
+
+
+def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
+    """The answer that a PLAN of `compare` names: one that was saved, or a plan made now."""
+    from vramplan.planner import comparison
+    from vramplan.planner.plan import plan as make
+
+    if word.endswith(".json") and (found := comparison.saved(word)) is not None:
+        return found
+    own: dict[str, Any] = {"model": word}
+    if word.endswith(".toml"):
+        own = _question(word)
+    elif " " in word and not os.path.lexists(word):
+        try:
+            words = shlex.split(word)
+        except ValueError:  # a quote that does not end
+            raise UsageError(f"{shown(word)} is no command line; close its quotes (PLAN)") from None
+        words = words[words[:1] == ["vramplan"] :]
+        params = plan.make_context("plan", words[words[:1] == ["plan"] :]).params
+        own = _question(params["config"], **{name: params[name] for name in params if name in _PLANNED})
+    return make(**shared | own).to_dict()
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
@@ -362,6 +513,14 @@ def _holds(names: Iterable[str], words: Iterable[str]) -> bool:
     return all(word.lower() in whole for word in words)
 
 
+def _question(config: str | None, **options: object) -> dict[str, Any]:
+    """The same where a model must be named in one of them."""
+    asked = _asked(config, **options)
+    if "model" not in asked:
+        raise UsageError("no model is named; add one, such as vramplan llama-3.1-8b (MODEL)")
+    return asked
+
+
 def _asked(config: str | None, **options: object) -> dict[str, Any]:
     """What the command line says, before what the profile file says."""
     said = {name: value for name, value in options.items() if value is not None}
@@ -383,10 +542,9 @@ def _profile(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         wrong = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deeply"
         raise UsageError(f"{shown(file)} is no TOML: {wrong} (--config)") from None
-    known = [*OPTIONS, "model", "gpu", "stack", "calibration", "prices"]
     for name in profile:
-        if name not in known:
-            raise unknown(f"option in {shown(file)}:", name, known, "--config")
+        if name not in _PLANNED:
+            raise unknown(f"option in {shown(file)}:", name, _PLANNED, "--config")
     return profile
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vramplan.planner.catalog import Gpu
+    from vramplan.planner.device import Device
+    from vramplan.planner.memory import MemoryEstimate
 
 
 class Fit(NamedTuple):
@@ -32,10 +34,39 @@ class Fit(NamedTuple):
         """Whether the memory suffices."""
         return self.headroom_bytes >= 0 or self.retries is not None
 
+    def to_dict(self) -> dict[str, Any]:
+        """An entry of the contract's "gpus"."""
+        return {
+            "name": self.gpu.name,
+            "fits": self.fits,
+            "headroom_bytes": self.headroom_bytes,
+            "needed_bytes": self.needed_bytes,
+            "budget_bytes": self.gpu.budget_bytes,
+            "retries": self.retries,
+            "lacks": list(self.lacks),
+        }
+
 
 def fit_on(gpu: Gpu, needed_bytes: int, uses: Iterable[str] = ()) -> Fit:
     """A plan on one GPU; `uses` are the abilities it relies on, by the names of `catalog.Gpu`'s fields."""
     return Fit(gpu, needed_bytes, tuple(ability for ability in uses if getattr(gpu, ability) is False))
+
+
+def room_bytes(gpu: Gpu, played: MemoryEstimate | Device) -> int:
+    """What PyTorch may reserve on `gpu`: what CUDA shows of it, less the context, the driver's own part not counted."""
+    return gpu.budget_bytes - (played.context_bytes - played.hidden_bytes)
+
+
+def judged(gpu: Gpu, played: MemoryEstimate, within: Callable[[int], MemoryEstimate], uses: Iterable[str] = ()) -> Fit:
+    """A run on one GPU, from its replay with boundless memory; `within` replays it with so much to reserve.
+
+    Where only the cache is too much, the second replay says whether the run survives by giving it back.
+    """
+    fit, room = fit_on(gpu, played.needed_bytes, uses), room_bytes(gpu, played)
+    if fit.fits or played.peak_allocated_bytes > room:
+        return fit
+    limited = within(room)
+    return fit if limited.out_of_memory else fit._replace(retries=limited.retries)
 
 
 class Boundary(NamedTuple):
@@ -65,3 +96,27 @@ def largest(survives: Callable[[int], bool], step: int, most: int) -> Boundary:
         else:
             bad = middle
     return Boundary(good * step or None, None if bad is None else bad * step)
+
+
+def largest_with(spare: Callable[[int], int], possible: Callable[[int], bool], most: int) -> Boundary:
+    """The same from 1 to `most`, where `spare` says of a size what is left, below 0 what is too much.
+
+    Memory grows nearly by a straight line, so the next size to try is where the line through the two sides meets 0.
+    `possible` is a cheaper answer, never false where something is left: nothing beyond its own boundary is tried.
+    """
+    top = largest(possible, 1, most)
+    if top.survives is None:
+        return top
+    good, bad, size, left = 0, top.fails, 1, {}
+    while good < top.survives and (bad is None or bad - good > 1):
+        before = bad - good if bad is not None and bad in left else None
+        left[size] = spare(size)
+        good, bad = (size, bad) if left[size] >= 0 else (good, size)
+        if bad is None or bad not in left:
+            size = top.survives
+        elif before and 2 * (bad - good) > before:  # the line is no good
+            size = (good + bad) // 2
+        elif good:
+            zero = (bad - good) * left[good] // (left[good] - left[bad])
+            size = good + min(max(zero, 1), bad - good - 1)
+    return Boundary(good or None, bad)

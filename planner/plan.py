@@ -10,7 +10,7 @@ from vramplan.planner import catalog, memory, parameters
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError, shown
-from vramplan.planner.fit import Fit, fit_on
+from vramplan.planner.fit import Fit, fit_on, judged
 from vramplan.planner.parameters import ParameterCounts
 from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
@@ -124,8 +124,8 @@ class Plan:
             },
             "memory": memory_dict(self.memory),
             "time": self.time.to_dict() if self.time else {},
-            "gpu": fit_dict(self.fit) if self.fit else None,
-            "gpus": [fit_dict(fit) for fit in self.gpus],
+            "gpu": self.fit.to_dict() if self.fit else None,
+            "gpus": [fit.to_dict() for fit in self.gpus],
             "sizes": [part_dict(part) for part in self.sizes()],
             "cost": [each.to_dict() for each in costs],
             "warnings": [*self.warnings, *doubts],
@@ -195,13 +195,11 @@ def plan(
     on = device(card, versions, known)
     played = memory.run_of(architecture, run, on, counts)
     estimate = memory.estimate(architecture, run, on, counts, run=played)
-    uses = abilities(run)
-    fit = fit_on(card, estimate.needed_bytes, uses) if card else None
-    if fit is not None and not fit.fits:
-        room = fit.gpu.budget_bytes - (estimate.context_bytes - on.hidden_bytes)
-        if estimate.peak_allocated_bytes <= room:  # what is too much is only cached
-            within = memory.estimate(architecture, run, on, counts, limit_bytes=room)
-            fit = fit if within.out_of_memory else fit._replace(retries=within.retries)
+
+    def within(limit_bytes: int) -> MemoryEstimate:
+        return memory.estimate(architecture, run, on, counts, limit_bytes)
+
+    fit = judged(card, estimate, within, abilities(run)) if card else None
     return Plan(
         model=reference,
         bundled=catalog.find_model(reference.name) if reference.source == "bundled" else None,
@@ -269,16 +267,3 @@ def abilities(run: TrainingOptions) -> list[str]:
     bf16 = "bf16" in (run.weights_dtype, run.mixed_precision)
     flash = run.attention == "flash_attention_2"
     return [*(["bf16"] if bf16 else []), *(["flash_attention_2"] if flash else [])]
-
-
-def fit_dict(fit: Fit) -> dict[str, Any]:
-    """An entry of the contract's "gpus"."""
-    return {
-        "name": fit.gpu.name,
-        "fits": fit.fits,
-        "headroom_bytes": fit.headroom_bytes,
-        "needed_bytes": fit.needed_bytes,
-        "budget_bytes": fit.gpu.budget_bytes,
-        "retries": fit.retries,
-        "lacks": list(fit.lacks),
-    }

@@ -15,7 +15,7 @@ from vramplan.planner.errors import UsageError
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
@@ -74,7 +74,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     """
     top = [Row((title(plan),), "bold")]
     if plan.fit:
-        top.append(Row((verdict(plan.fit),), _colour(plan.fit)))
+        top.append(verdict(plan.fit.to_dict()))
     costs, doubts = plan.costs()
     page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
     if plan.time:
@@ -165,25 +165,21 @@ def _settings(run: TrainingOptions) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def verdict(fit: Fit) -> str:
-    """Whether a plan fits the GPU that was named, and by how much."""
-    share = f"{format_gib(fit.needed_bytes)} of the {format_gib(fit.gpu.budget_bytes)} that CUDA sees"
-    if fit.retries is not None:
-        often = "once" if fit.retries == 1 else f"{fit.retries} times"
-        return (
-            f"fits {fit.gpu.name}, but only just: it would take {format_gib(fit.needed_bytes)}, and CUDA sees "
-            f"{format_gib(fit.gpu.budget_bytes)}; PyTorch gives its cache back {often} in the first steps to stay "
-            "within, which costs time"
+def verdict(fit: Mapping[str, Any]) -> Row:
+    """Whether a plan fits the GPU that was named, and by how much; `fit` is an entry of the contract's "gpus"."""
+    needed, seen = format_gib(fit["needed_bytes"]), format_gib(fit["budget_bytes"])
+    share = f"{needed} of the {seen} that CUDA sees"
+    if fit["retries"] is not None:
+        often = "once" if fit["retries"] == 1 else f"{fit['retries']} times"
+        words = (
+            f"fits {fit['name']}, but only just: it would take {needed}, and CUDA sees {seen}; PyTorch gives its cache "
+            f"back {often} in the first steps to stay within, which costs time"
         )
-    if fit.fits:
-        return f"fits {fit.gpu.name}: {share}, {format_gib(fit.headroom_bytes)} to spare"
-    return f"does not fit {fit.gpu.name}: {share}, {format_gib(-fit.headroom_bytes)} too much"
-
-
-def _colour(fit: Fit) -> str:
-    if fit.retries is not None:
-        return "yellow"
-    return "green" if fit.fits else "bold red"
+        return Row((words,), "yellow")
+    if fit["fits"]:
+        return Row((f"fits {fit['name']}: {share}, {format_gib(fit['headroom_bytes'])} to spare",), "green")
+    words = f"does not fit {fit['name']}: {share}, {format_gib(-fit['headroom_bytes'])} too much"
+    return Row((words,), "bold red")
 
 
 def _parameters(plan: Plan) -> Block:
@@ -240,12 +236,7 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
     """The cheapest offers, of each GPU one where none is named, and the fastest; or why there is none."""
     from vramplan.planner import cost
 
-    size = cost.work(plan.options)
-    run = plan.options
-    heading = (
-        f"The whole run: {format_count(run.examples)} examples of {format_count(run.tokens_per_example)} tokens, "
-        f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'}, {format_count(size.steps)} steps"
-    )
+    heading = whole_run(plan.options)
     best: dict[tuple[str, ...], Cost] = {}
     for each in costs:
         best.setdefault((each.offer.provider, each.offer.kind) if plan.fit else (each.offer.gpu,), each)
@@ -257,11 +248,22 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
         shown.append(fastest)
     rows = [Row(("$", "hours", "", "kWh", "GPU", "offer"), "dim")]
     for each in shown:
-        span = f"{_hours(each.hours_low)}-{_hours(each.hours_high)}"
+        span = f"{short(each.hours_low)}-{short(each.hours_high)}"
         kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
-        rows.append(Row((f"{each.usd:.2f}", _hours(each.hours), span, kwh, each.offer.gpu, by)))
+        rows.append(Row((f"{each.usd:.2f}", short(each.hours), span, kwh, each.offer.gpu, by)))
     return Block(heading, ">>>><<", rows)
+
+
+def whole_run(run: TrainingOptions) -> str:
+    """How long a run is."""
+    from vramplan.planner import cost
+
+    epochs = f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'}"
+    return (
+        f"The whole run: {format_count(run.examples)} examples of {format_count(run.tokens_per_example)} tokens, "
+        f"{epochs}, {format_count(cost.work(run).steps)} steps"
+    )
 
 
 def _without_offer(plan: Plan) -> str:
@@ -275,8 +277,9 @@ def _without_offer(plan: Plan) -> str:
     return f"no known offer of {plan.fit.gpu.name}; a file of your own may have one (--prices)"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+def short(value: float) -> str:
+    """Hours or kWh with as many decimals as say something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def offered(made: Cost) -> str:

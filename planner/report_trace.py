@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vramplan.planner.report import Block, Row, recipe, show
+from vramplan.planner.report import Block, Row, recipe, show, verdict
 from vramplan.planner.training import parse_options
-from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
+from vramplan.planner.units import GIB, format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,19 +23,13 @@ def print_trace(found: Mapping[str, Any]) -> None:
     options = {name: value for name, value in found["options"].items() if name not in ("gpu", "stack")}
     top = [Row((f"traced: {recipe(found['model']['name'], parse_options(options))}",), "bold")]
     if found["gpu"]:
-        top.append(_verdict(found["gpu"]))
+        top.append(verdict(found["gpu"]))
     page = [Block("", "<", top), _parameters(found["parameters"]), _memory(found)]
     if found["plan"]:
         page.append(_differences(found["plan"]["differences"]))
     if notes := [*found["warnings"], *found["memory"]["notes"]]:
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     show(page)
-
-
-def _verdict(fit: Mapping[str, Any]) -> Row:
-    room, words = fit["headroom_bytes"], "fits" if fit["fits"] else "does not fit"
-    share = f"{format_gib(fit['needed_bytes'])} of the {format_gib(fit['budget_bytes'])} that CUDA sees"
-    return Row((f"{words} {fit['name']}: {share}",), "green" if room >= 0 else "bold red")
 
 
 def _parameters(counts: Mapping[str, Any]) -> Block:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
@@ -189,6 +190,27 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     _refuse_contradictions(parsed)
     _refuse_unsupported(parsed)
     return parsed
+
+
+def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
+    """The same question of another method: what that one does not know is left out."""
+    unused = _unused(method, "")
+    return {name: value for name, value in options.items() if name not in unused} | {"method": method}
+
+
+def flags(options: Mapping[str, object]) -> str:
+    """Options as they are typed, ready for a shell: "--rank 8 --no-padded"."""
+    words: list[str] = []
+    for name, option in OPTIONS.items():
+        value = options.get(name)
+        if value is None:
+            continue
+        if option.kind == "flag":
+            words.append(option.flag if _flag(option, value) else option.flag.replace("--", "--no-", 1))
+        else:
+            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
+            words += [option.flag, shlex.quote(text)]
+    return " ".join(words)
 
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version

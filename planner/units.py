@@ -11,6 +11,7 @@ GB = 10**9
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "tb": 10**12, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB}
 _SIZE = r"\s*([0-9]{1,15})(?:\.([0-9]{1,15}))?\s*([a-z]+)\s*"
+_SECONDS = {"d": 86_400, "h": 3600, "min": 60, "m": 60, "s": 1}
 _LARGEST = 64 * TIB  # more than any machine holds: beyond it the unit was mistyped
 
 
@@ -29,6 +30,25 @@ def parse_size(text: str, option: str | None = None) -> int:
     if not 0 < size <= _LARGEST:
         raise UsageError(f"the size {shown(text)} is out of range; write one above 0 and up to 64TiB{where}")
     return size
+
+
+def parse_usd(text: str, option: str) -> float:
+    """Dollars of "50usd", "$50" or "50". Raises UsageError, naming `option`, for anything else."""
+    match = re.fullmatch(r"\s*\$?\s*(\d{1,9}(?:\.\d{1,9})?)\s*(?:usd|\$)?\s*", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{shown(text)} is no sum of dollars; write one such as 50usd ({option})")
+    return float(match[1])
+
+
+def parse_duration(text: str, option: str) -> int:
+    """Seconds of "8h", "90min", "2d" or "1h30m", rounded down. Raises UsageError, naming `option`, for all else."""
+    part = r"(\d{1,6}(?:\.\d{1,6})?)\s*(d|h|min|m|s)\s*"
+    seconds = 0.0
+    if re.fullmatch(rf"\s*({part})+", text, re.ASCII | re.IGNORECASE):
+        seconds = sum(float(n) * _SECONDS[unit.lower()] for n, unit in re.findall(part, text, re.IGNORECASE))
+    if seconds < 1:
+        raise UsageError(f"{shown(text)} is no length of time; write one such as 8h, 90min or 2d ({option})")
+    return int(seconds)
 
 
 def format_gib(size: int, digits: int = 2) -> str:

@@ -114,7 +114,7 @@ class Result:
             Figure(
                 "adapter and preparation",
                 said.ready_bytes - said.loaded_bytes,
-                line["ready_bytes"] - line["loaded_bytes"],
+                (line["ready_bytes"] or 0) - (line["loaded_bytes"] or 0),
             ),
             Figure("gradients", run.gradient_bytes, line["gradient_bytes"]),
             Figure("optimizer states", run.state_bytes, line["optimizer_state_bytes"]),
@@ -219,8 +219,8 @@ def run_dict(result: Result) -> dict[str, Any]:
     if result.outcome == "ok":
         o = case.plan.options
         held = {
-            "weights": line["loaded_bytes"],
-            "adapter and preparation": line["ready_bytes"] - line["loaded_bytes"],
+            "weights": line["loaded_bytes"] or 0,
+            "adapter and preparation": (line["ready_bytes"] or 0) - (line["loaded_bytes"] or 0),
             "optimizer states": line["optimizer_state_bytes"],
         }
         held["activations, gradients and buffers"] = line["peak_allocated_bytes"] - sum(held.values())

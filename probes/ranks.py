@@ -105,6 +105,8 @@ def together(answers: list[dict[str, Any]]) -> dict[str, Any]:
     if ran_out:
         first |= {"outcome": "out_of_memory", "reason": f"rank {ran_out[0][0]}: {ran_out[0][1]}"}
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "step_s")
+    for name in ("loaded_bytes", "ready_bytes"):  # a model for fsdp is loaded in host memory
+        first[name] = first.get(name) or None
     first["ranks"] = [{name: each.get(name) for name in names} for each in answers]
     for name in names:
         known = [each[name] for each in first["ranks"] if each[name] is not None]

@@ -16,8 +16,8 @@ from vramplan import __version__
 from vramplan.planner import catalog, memory, traces
 from vramplan.planner.device import device
 from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, reason
-from vramplan.planner.fit import fit_on
-from vramplan.planner.plan import abilities, fit_dict, fits, memory_dict
+from vramplan.planner.fit import judged
+from vramplan.planner.plan import abilities, fits, memory_dict
 from vramplan.planner.plan import plan as make_plan
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import installed, parse_stack
@@ -94,8 +94,8 @@ class Trace:
             },
             "memory": memory_dict(self.memory),
             "time": {},
-            "gpu": fit_dict(self.fit) if self.fit else None,
-            "gpus": [fit_dict(fit) for fit in self.gpus],
+            "gpu": self.fit.to_dict() if self.fit else None,
+            "gpus": [fit.to_dict() for fit in self.gpus],
             "cost": [],
             "warnings": known.get("warnings", []),
             "calibration": known.get("calibration", {}),
@@ -164,8 +164,13 @@ def trace(
             raise
         run = replace(run, attention="eager")  # what transformers takes where a model has no sdpa
         seen = dryrun.run(reference.config, run, on)
-    found = memory.replay(seen, run, on, _SOURCES)
+
+    def replayed(limit_bytes: int | None = None) -> MemoryEstimate:
+        return memory.replay(seen, run, on, _SOURCES, limit_bytes)
+
+    found = replayed()
     found = replace(found, notes=_notes(on, seen, planned))
+    fit = judged(card, found, replayed, abilities(run)) if card else None
     return Trace(
         model=reference,
         asked=asked,
@@ -174,8 +179,8 @@ def trace(
         device=on,
         seen=seen,
         memory=found,
-        fit=fit_on(card, found.needed_bytes, abilities(run)) if card else None,
-        gpus=fits(found, on, run, versions),
+        fit=fit,
+        gpus=tuple(fit if fit and each.gpu == card else each for each in fits(found, on, run, versions)),
         plan=planned,
         divergences=compare.divergences(compare.of_plan(planned), dryrun.recording(seen)) if planned else (),
     )

@@ -214,7 +214,7 @@ def test_a_rank_that_fails_ends_the_case_with_its_error(
     ("words", "code", "said"),
     [
         (("--num-gpus", "4"), 1, "the run is on 4 GPUs and 2 are here"),
-        (("--num-gpus", "2", "--boundary", "seq_len"), 2, "--boundary is for one GPU"),
+        (("--num-gpus", "2", "--boundary"), 2, "--boundary is for one GPU"),
         (("--num-gpus", "2", "--snapshot"), 2, "--snapshot is for one GPU"),
     ],
 )

@@ -395,3 +395,16 @@ def test_paged_states_are_counted_apart() -> None:
     assert seen.paged_bytes == planned.memory.paged_bytes > 0
     found = memory.replay(seen, planned.options, planned.device, memory.SOURCES)
     assert found.peak_allocated_bytes == pytest.approx(planned.memory.peak_allocated_bytes, rel=0.01)
+
+
+def test_a_traced_run_may_fit_only_just() -> None:
+    def on(gpu: str) -> Any:
+        made = trace.trace(small("llama") | {"vocab_size": 8000}, method="full", seq_len=512, batch_size=4, gpu=gpu)
+        return made.memory, made.fit, made.to_dict()
+
+    memory, _, _ = on("24GiB")
+    assert on(f"{memory.needed_bytes}B")[1].headroom_bytes == 0
+    _, tight, answer = on(f"{memory.needed_bytes - 1}B")  # 74 MiB of it are only cached
+    assert tight.fits
+    assert tight.retries > 0
+    assert (answer["gpu"]["fits"], answer["gpu"]["retries"]) == (True, tight.retries)

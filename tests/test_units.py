@@ -5,7 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan.planner.errors import UsageError
-from vramplan.planner.units import GB, GIB, MIB, TIB, format_bytes, format_count, format_gib, parse_size
+from vramplan.planner.units import (
+    GB,
+    GIB,
+    MIB,
+    TIB,
+    format_bytes,
+    format_count,
+    format_gib,
+    parse_duration,
+    parse_size,
+    parse_usd,
+)
 
 sizes = st.integers(-64 * TIB, 64 * TIB)
 
@@ -79,3 +90,44 @@ def test_a_printed_size_reads_back_within_its_last_digit(size: int) -> None:
 
 def test_format_count() -> None:
     assert [format_count(n) for n in (0, 999, 41_943_040)] == ["0", "999", "41,943,040"]
+
+
+@pytest.mark.parametrize(
+    ("text", "usd"),
+    [("50usd", 50), ("$50", 50), ("50", 50), (" 12.50 USD ", 12.5), ("0", 0), ("0.05$", 0.05)],
+)
+def test_dollars(text: str, usd: float) -> None:
+    assert parse_usd(text, "--budget") == usd
+
+
+@pytest.mark.parametrize(
+    "text", ["", "$", "usd", "-5", "5eur", "5 0", "1e3", "nan", "inf", "1,000", "9" * 10, "٣", "5k"]
+)
+def test_no_dollars(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is no sum of dollars; write one such as 50usd \(--budget\)"):
+        parse_usd(text, "--budget")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("8h", 28_800),
+        ("90min", 5400),
+        ("30m", 1800),
+        ("2d", 172_800),
+        ("1.5 H", 5400),
+        ("1h30m", 5400),
+        ("1d 2h 3min 4s", 93_784),
+        ("1s", 1),
+    ],
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert parse_duration(text, "--deadline") == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "h", "-8h", "0h", "0.5s", "8 hours", "8h 30", "1e3h", "nanh", "9999999h", "8h" * 500 + "x"]
+)
+def test_no_durations(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is no length of time; write one such as 8h, 90min or 2d \(--deadline\)"):
+        parse_duration(text, "--deadline")

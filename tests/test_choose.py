@@ -1,0 +1,322 @@
+"""`vramplan choose`: what is ranked, what is within, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from test_plan import TINY
+
+from vramplan import UsageError, plan
+from vramplan.planner import cli, cost
+from vramplan.planner.choose import Choice, Way, choose, unbeaten
+from vramplan.planner.report import plain
+from vramplan.planner.report_decide import choice_page
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAD = "provider,gpu,gpu_count,usd_per_hour,spot,session_limit_s,date\n"
+OFFERS = """\
+free,t4,1,0,no,3600,2026-11-20
+near,rtx-4090,1,0.40,no,,2026-11-20
+near,rtx-4090,1,0.20,yes,,2026-11-20
+dear,rtx-4090,1,0.80,no,,2026-11-20
+far,h100,1,3.00,no,,2026-11-20
+far,h100,8,24.00,no,,2026-11-20
+"""
+ASKED: dict[str, Any] = {"batch_size": 8, "examples": 200_000}  # so much that the GPU counts, and not the host
+MODEL = TINY | {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prices") / "mine.csv"
+    file.write_text(HEAD + OFFERS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def every(prices: Path) -> Choice:
+    return choose(MODEL, prices=prices, **ASKED)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "my-prices.csv").write_text(HEAD + OFFERS)
+
+    def ran(line: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(shlex.split(line))
+        assert isinstance(end.value.code, int)
+        return end.value.code, *capsys.readouterr()
+
+    return ran
+
+
+def named(way: Way | None) -> tuple[str, str, str, str]:
+    assert way
+    return way.tried.method, way.cost.offer.gpu, way.cost.offer.provider, way.cost.offer.kind
+
+
+def words(found: Choice) -> str:
+    """The page, however it is wrapped."""
+    return " ".join("\n".join(plain(choice_page(found))).split())
+
+
+def alone(prices: Path, **asked: Any) -> Choice:
+    return choose(MODEL, prices=prices, method="lora", **ASKED, **asked)
+
+
+# ------------------------------------------------------------------------------------ all of them, ranked
+
+
+def test_every_method_on_every_gpu_with_an_offer(every: Choice) -> None:
+    pairs = {(each.method, each.gpu.name) for each in every.tried}
+    assert pairs == {(method, gpu) for method in ("qlora", "lora", "full") for gpu in ("t4", "rtx-4090", "h100")}
+    assert len(every.ways) == 3 * 6
+    assert every.within == every.ways
+
+
+def test_the_cheapest_first(every: Choice) -> None:
+    dollars = [way.cost.usd for way in every.ways]
+    assert dollars == sorted(dollars)
+    assert every.cheapest is every.ways[0]
+    assert named(every.cheapest)[1:] == ("t4", "free", "free")
+    assert every.fastest
+    assert every.fastest.cost.hours == min(way.cost.hours for way in every.ways)
+    assert every.fastest.cost.offer.gpu_count == 1  # the instance of eight is as fast and costs eight times as much
+
+
+def test_each_way_is_the_plans_own(every: Choice, prices: Path) -> None:
+    for way in (every.cheapest, every.fastest):
+        assert way
+        method, gpu, _, _ = named(way)
+        made = plan(MODEL, method=method, gpu=gpu, **ASKED)
+        assert made.fit == way.tried.trial.fit
+        assert made.time
+        assert way.cost.hours == pytest.approx(cost.work(made.options).steps * made.time.step_s / 3600)
+        assert way.cost.hours_low <= way.cost.hours <= way.cost.hours_high
+        assert way.cost.usd == pytest.approx(way.cost.hours * way.cost.offer.usd_per_hour)
+        line = f"vramplan llama --method {method} --batch-size 8 --examples 200000 --gpu {gpu} --prices {prices}"
+        assert way.tried.command == line
+
+
+def test_cards_without_bf16_are_planned_in_fp16(every: Choice) -> None:
+    options = {each.gpu.name: each.trial.options for each in every.tried if each.method == "lora"}
+    assert options["t4"]
+    assert options["h100"]
+    assert (options["t4"].mixed_precision, options["h100"].mixed_precision) == ("fp16", "bf16")
+    page = words(every)
+    assert "without bf16, and so planned in fp16: t4" in page
+
+
+def test_the_same_events_are_replayed_once(prices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vramplan.planner import memory
+
+    estimate, played = memory.estimate, []
+
+    def counted(*args: Any, **more: Any) -> Any:
+        played.append(args)
+        return estimate(*args, **more)
+
+    monkeypatch.setattr(memory, "estimate", counted)
+    rows = "".join(f"here,{gpu},1,1,no,,2026-11-20\n" for gpu in ("h100", "h200", "gh200", "rtx-4090"))
+    file = prices.with_name("alike.csv")
+    file.write_text(HEAD + rows)
+    found = choose(MODEL, prices=file, method="lora")
+    assert len(found.tried) == 4
+    answered = len(played)
+    assert answered == 2  # with cuDNN's attention and large workspaces, and without
+    for each in found.tried:
+        assert each.trial.fit == plan(MODEL, method="lora", gpu=each.gpu).fit
+
+
+# ------------------------------------------------------------------------------------ what is in a list
+
+
+def test_what_another_beats_is_left_out(every: Choice) -> None:
+    best = unbeaten(every.ways)
+    lora = [named(way)[1:] for way in best if way.tried.method == "lora"]
+    # dear's 4090 and the instance of eight are beaten; spot does not beat what is firmer
+    assert lora == [
+        ("t4", "free", "free"),
+        ("rtx-4090", "near", "spot"),
+        ("rtx-4090", "near", "on demand"),
+        ("h100", "far", "on demand"),
+    ]
+    for way in every.ways:
+        rivals = [other for other in best if other.tried.method == way.tried.method]
+        assert any(other.cost.usd <= way.cost.usd and other.cost.hours <= way.cost.hours for other in rivals)
+
+
+def test_a_shortlist_has_each_methods_cheapest_and_fastest(every: Choice) -> None:
+    short = every.shortlist
+    assert len(short) <= 12
+    assert list(short) == [way for way in every.ways if any(way is one for one in short)]
+    for method in ("qlora", "lora", "full"):
+        own = [way for way in every.ways if way.tried.method == method]
+        assert own[0] in short
+        assert min(way.cost.hours for way in own) == min(way.cost.hours for way in short if way.tried.method == method)
+
+
+# ------------------------------------------------------------------------------------ budget and deadline
+
+
+def test_budget_and_deadline_are_kept(every: Choice, prices: Path) -> None:
+    by_usd, by_hours = sorted(way.cost.usd for way in every.ways), sorted(way.cost.hours for way in every.ways)
+    budget, deadline = by_usd[9], by_hours[9]
+    found = choose(MODEL, prices=prices, **ASKED, budget=f"{budget:.6f}", deadline=f"{deadline * 3600:.0f}s")
+    assert 0 < len(found.within) < len(every.ways)
+    for way in found.ways:
+        inside = way.cost.usd <= found.budget_usd and 3600 * way.cost.hours <= found.deadline_s  # type: ignore[operator]
+        assert (way in found.within) == inside
+        assert not found.certain(way) or way in found.within
+
+
+def test_the_slow_end_may_be_beyond(prices: Path) -> None:
+    way = alone(prices, gpu="rtx-4090").cheapest
+    assert way
+    between = 3600 * (way.cost.hours + way.cost.hours_high) / 2
+    found = alone(prices, gpu="rtx-4090", deadline=f"{between:.0f}s")
+    assert found.cheapest
+    assert not found.certain(found.cheapest)
+    assert "beyond if slow" in words(found)
+
+
+def test_nothing_within_says_what_is_closest(prices: Path, run: Any) -> None:
+    every = alone(prices)
+    fastest = min(way.cost.hours for way in every.ways)
+    found = alone(prices, budget="0.01", deadline=f"{3600 * fastest / 2:.0f}s")
+    assert (found.within, found.cheapest, found.fastest) == ((), None, None)
+    worst = {
+        id(way): max(way.cost.usd / 0.01, 3600 * way.cost.hours / found.deadline_s)  # type: ignore[operator]
+        for way in found.ways
+    }
+    assert found.closest
+    assert worst[id(found.closest)] == min(worst.values())
+    assert found.ways[0] in found.shortlist
+    page = words(found)
+    assert "none of 6 ways is within $0.01 and" in page
+    assert "closest lora on" in page
+    assert " h beyond the deadline" in page
+    code, out, err = run("choose ./config.json --prices my-prices.csv --deadline 1s --json")
+    assert (code, err) == (1, "")
+    answer = json.loads(out)
+    assert answer["cheapest"] is answer["fastest"] is None
+    assert answer["ways"][answer["closest"]]["within"] is False
+
+
+def test_a_budget_of_nothing_is_for_what_is_free(prices: Path) -> None:
+    found = alone(prices, budget="0")
+    assert {way.cost.offer.provider for way in found.within} == {"free"}
+    none = alone(prices, budget="0", gpu="h100")
+    assert none.closest is none.ways[0]
+    assert " above the budget" in words(none)
+
+
+def test_no_gpu_holds_it(prices: Path, run: Any) -> None:
+    found = choose("llama-3.1-405b", prices=prices, method="full")
+    assert (found.ways, found.closest, found.shortlist) == ((), None, ())
+    page = words(found)
+    assert "no GPU with an offer holds it" in page
+    assert "h100 comes closest, " in page
+    assert run("choose llama-3.1-405b --method full --prices my-prices.csv")[0] == 1
+
+
+def test_what_a_card_lacks_is_left_out(prices: Path) -> None:
+    found = alone(prices, attention="flash_attention_2")
+    assert {way.cost.offer.gpu for way in found.ways} == {"rtx-4090", "h100"}
+    assert "lack flash_attention_2: t4" in words(found)
+
+
+def test_a_method_that_cannot_be_is_said(prices: Path) -> None:
+    both = {"weights_dtype": "fp16", "mixed_precision": "fp16", "gpu": "h100"}
+    found = choose(MODEL, prices=prices, **both)
+    assert {way.tried.method for way in found.ways} == {"qlora", "lora"}
+    assert "full: mixed_precision fp16 cannot train fp16 weights" in words(found)
+
+
+# ------------------------------------------------------------------------------------ wrong questions
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"budget": "50eur"}, "'50eur' is no sum of dollars; write one such as 50usd (--budget)"),
+        ({"budget": "-1"}, "(--budget)"),
+        ({"deadline": "8"}, "'8' is no length of time; write one such as 8h, 90min or 2d (--deadline)"),
+        ({"gpu": "a100-80gb"}, "no offer has a100-80gb; offers are known of h100, rtx-4090, t4 (--gpu, --prices)"),
+        ({"gpu": "24GiB"}, "no offer has 24GiB"),
+        ({"gpu": "h100,h20"}, "unknown GPU 'h20'"),
+        ({"offers": ["moon"]}, "unknown offer 'moon'"),
+        ({"method": "full", "rank": 8}, "rank 8 belongs to lora and qlora"),
+        ({"seq_len": 0}, "seq_len is 0"),
+    ],
+)
+def test_wrong_questions(asked: dict[str, Any], words: str, prices: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        choose(MODEL, prices=prices, **asked)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("near,rtx-4090,1,-3,no,,2026-11-20", "line 2, column usd_per_hour: '-3' is not a number of dollars from 0"),
+        ("near,rtx-9090,1,3,no,,2026-11-20", "line 2, column gpu: unknown GPU 'rtx-9090'"),
+        ("near,rtx-4090,1,3,no,,tomorrow", "line 2, column date"),
+        ("near,rtx-4090,1,3", "line 2: 4 values for 7 columns"),
+    ],
+)
+def test_wrong_prices_are_named_by_line_and_column(row: str, words: str, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "wrong.csv").write_text(f"{HEAD}{row}\n")
+    code, out, err = run("choose ./config.json --prices wrong.csv")
+    assert (code, out) == (2, "")
+    assert words in err
+    (tmp_path / "wrong.csv").write_text(f"vendor,price\n{row}\n")
+    assert "line 1: 'vendor'" in run("choose ./config.json --prices wrong.csv")[2]
+
+
+# ------------------------------------------------------------------------------------ as it is shown
+
+
+def test_the_page(every: Choice) -> None:
+    lines = list(plain(choice_page(every)))
+    assert all(len(line) <= 80 for line in lines)
+    page = "\n".join(lines)
+    assert "cheapest  " in page
+    assert "fastest   " in page
+    for way in every.shortlist:
+        assert " ".join(way.tried.command.split()) in " ".join(page.replace("\\\n", "").split())
+    sessions = every.ways[0].cost.sessions
+    assert sessions > 1
+    assert f"{sessions} sessions of 1 h" in " ".join(page.split())
+    assert "more are left out" in page
+    whole = "\n".join(plain(choice_page(every, everything=True)))
+    assert "more are left out" not in whole
+    assert whole.count("near") == 6
+
+
+def test_the_command_line(run: Any) -> None:
+    line = "choose ./config.json --prices my-prices.csv --budget '$50' --deadline 2d --method lora --gpu rtx-4090,h100"
+    code, out, err = run(f"{line} --json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert (answer["budget_usd"], answer["deadline_s"]) == (50, 172_800)
+    assert {way["gpu"] for way in answer["ways"]} == {"rtx-4090", "h100"}
+    best = answer["ways"][answer["cheapest"]]
+    assert best["within"]
+    assert best["kwh"] > 0
+    again = json.loads(run(f"{best['command'].removeprefix('vramplan ')} --json")[1])
+    assert again["gpu"]["headroom_bytes"] == best["headroom_bytes"]
+    code, out, _ = run(line)
+    assert code == 0
+    assert "within $50 and 48 h" in out
+    only = json.loads(run("choose ./config.json --prices my-prices.csv --offers 'spot rtx' --json")[1])
+    assert {(way["provider"], way["spot"]) for way in only["ways"]} == {("near", True)}
