@@ -153,7 +153,7 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
 @click.option(
     "--over",
     metavar="NAMES",
-    help="What is varied: batch_size, seq_len, rank, method.  [default: batch_size,seq_len]",
+    help="What is varied: batch_size, seq_len, rank, method, num_gpus.  [default: batch_size,seq_len]",
 )
 @_gpu
 @_training_options

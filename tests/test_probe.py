@@ -177,7 +177,7 @@ def test_every_rank_is_measured(
 ) -> None:
     asked: list[dict[str, Any]] = []
 
-    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:  # noqa: ARG001
+    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
         asked.append(case)
         own = measured(case)
         return Outcome("ok", [own, own | {"peak_reserved_bytes": own["peak_reserved_bytes"] + MIB}], "", 20.0)
