@@ -105,7 +105,7 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool) -
         kernels[Kernel(COPIES, 0, 2 * n * numel * low)] += 1  # side by side
         if wide != low:
             kernels[Kernel(COPIES, 0, numel * (low + wide))] += 1
-        hooks = hooks.more(reduced=1, trained=sum(s.trained for s in unit.shares))
+        hooks = hooks.more(units=1, weights=sum(s.trained for s in unit.shares))
     return replace(section, kernels=kernels, gathered=gathered, reduced=reduced, hooks=hooks)
 
 

@@ -57,22 +57,16 @@ class Kernel(NamedTuple):
 class Hooks(NamedTuple):
     """What the host does in a section to share the run: calls of fully_shard's and DDP's hooks (communication.py).
 
-    Units gathered and their weights, units whose gradients are added up and the trained weights in them; gradients that
-    DDP copies to buckets.
+    Units that are gathered or whose gradients are added up, and the weights in them; gradients copied to DDP's buckets.
     """
 
     units: int = 0
     weights: int = 0
-    reduced: int = 0
-    trained: int = 0
     buckets: int = 0
 
-    def more(self, units: int = 0, weights: int = 0, reduced: int = 0, trained: int = 0, buckets: int = 0) -> Hooks:
+    def more(self, units: int = 0, weights: int = 0, buckets: int = 0) -> Hooks:
         """These and as many more."""
-        return Hooks(
-            self.units + units, self.weights + weights, self.reduced + reduced, self.trained + trained,
-            self.buckets + buckets,
-        )  # fmt: skip
+        return Hooks(self.units + units, self.weights + weights, self.buckets + buckets)
 
 
 _NO_HOOKS = Hooks()

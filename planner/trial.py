@@ -196,7 +196,7 @@ class Bench:
 
     def _replay_now(self, options: TrainingOptions, room: int | None) -> MemoryEstimate:
         counts = _count(self.architecture, options)
-        if self._shared is None:
+        if self._shared is None or options.phases != ("training",):  # of those the events say nothing
             return memory.estimate(self.architecture, options, self.on, counts, room)
         key = (_events(self._run(options)), options.expandable_segments, room)
         if key not in self._shared:
