@@ -268,7 +268,7 @@ def replay(
     before_training: list[Replay] = []
     for position, stretch in enumerate(beginning):
         if position >= READY:
-            allocator.empty_cache()  # transformers/trainer.py, _inner_training_loop: accelerate's free_memory
+            allocator.empty_cache()  # see below: the Trainer does that before accelerate shares the model
         before_training.append(replayed(set(), beginning, position))
         if failed:
             break
@@ -277,7 +277,8 @@ def replay(
     reserved = before_training[-1].reserved_bytes
     if not failed:
         best = -1  # the peak of a plan is that of training
-        allocator.empty_cache()  # the Trainer begins with accelerator.free_memory (trainer.py, _inner_training_loop)
+        if len(beginning) <= READY:
+            allocator.empty_cache()  # accelerator.free_memory (transformers/trainer.py, _inner_training_loop)
         reserved = allocator.replay([], program.sizes).reserved_bytes
     for number in range(0 if failed else STEPS):
         held, played = allocator.held, run.step(number)
