@@ -255,7 +255,7 @@ def report(model: str | None, config: str | None, output: str | None, **options:
 @click.option(
     "--over",
     metavar="NAMES",
-    help="What is varied: batch_size, seq_len, rank, method.  [default: batch_size,seq_len]",
+    help="What is varied: batch_size, seq_len, rank, method, num_gpus.  [default: batch_size,seq_len]",
 )
 @_gpu
 @_training_options

@@ -126,9 +126,17 @@ def recipe(model: str, run: TrainingOptions) -> str:
         run.optimizer,
         "checkpointing" if run.gradient_checkpointing else "no checkpointing",
         *(words for said, words in extras if said),
-        "one GPU",
+        _sharing(run),
     ]
     return ", ".join(parts)
+
+
+def _sharing(run: TrainingOptions) -> str:
+    if run.num_gpus == 1:
+        return "one GPU"
+    kept = run.parallel != "ddp" and not run.reshard_after_forward
+    offloaded = ", offloaded to host memory" if run.cpu_offload else ""
+    return f"{run.num_gpus:,} GPUs, {run.parallel}{' without resharding' if kept else ''}{offloaded}"
 
 
 def brief(model: str, run: TrainingOptions) -> str:
@@ -141,6 +149,7 @@ def brief(model: str, run: TrainingOptions) -> str:
         (run.padded, "padded"),
         *_precision(run),
         *_settings(run),
+        (run.num_gpus > 1, _sharing(run)),
     )
     method = METHODS[run.method].removesuffix(" fine-tuning")
     first = f"{model} {method} {run.batch_size} x {run.seq_len}"
@@ -215,7 +224,7 @@ def _memory(plan: Plan) -> Block:
         ("= peak allocated", allocated, "bold"),
         ("cached by PyTorch, unused", reserved - allocated, ""),
         ("= peak reserved", reserved, "bold"),
-        ("CUDA context", device - reserved, ""),
+        ("CUDA context" + " and NCCL" * bool(memory.nccl_bytes), device - reserved, ""),
         ("= device total", device, "bold"),
     ]
     shown_rows = [Row((name, _decimal(shown, digits)), style) for name, shown, style in rows]
