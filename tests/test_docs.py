@@ -1,0 +1,323 @@
+"""The pages of docs/ show what the program says; `python tests/test_docs.py` writes their blocks anew.
+
+docs/byte.md follows one small model. Its table of what is alive at the peak is written here by hand, from the config's
+numbers and the libraries' lines alone, and has to equal the plan's tensors to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from test_readme import ROOT
+
+from vramplan import plan
+from vramplan.planner import memory, stack
+from vramplan.planner.allocator import Allocator, block_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from vramplan.planner.plan import Plan
+
+DOCS = ROOT / "docs"
+MIB = 2**20
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    """Markdown; `head` is "name | bytes>", > for what stands to the right."""
+    names = head.split(" | ")
+    rule = ["---:" if name.endswith(">") else "---" for name in names]
+    lines = [[name.rstrip(">") for name in names], rule, *rows]
+    return "\n".join("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line) + " |"
+                     for line in lines)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- docs/byte.md
+
+VOCAB, HIDDEN, WIDE, LAYERS, HEADS, KV_HEADS, HEAD, TOKENS = 4096, 256, 512, 2, 4, 2, 64, 128
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": TOKENS,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+OPTIONS: dict[str, Any] = {"seq_len": TOKENS, "gradient_checkpointing": False, "gpu": "h200"}
+STACK = "torch=2.11,transformers=5.17,peft=0.21"  # of the measured runs
+COMMAND = (
+    f"vramplan config.json --method full --seq-len {TOKENS} --no-gradient-checkpointing --gpu h200 --stack {STACK}"
+)
+WIDTHS = {"uint8": 1, "bf16": 2, "fp32": 4, "int64": 8}
+
+
+class Weights(NamedTuple):
+    """Weights of one shape, `n` of them in the model."""
+
+    name: str
+    n: int
+    shape: tuple[int, ...]
+    linear: bool = True
+
+
+class Alive(NamedTuple):
+    """Tensors alive at the peak: `n` of one shape, the part of the breakdown, and what makes and what keeps them."""
+
+    part: str
+    n: int
+    what: str
+    shape: tuple[int, ...]
+    dtype: str
+    why: str
+
+    @property
+    def bytes(self) -> int:
+        """One tensor's."""
+        return prod(self.shape) * WIDTHS[self.dtype]
+
+
+WEIGHTS = (
+    Weights("model.embed_tokens", 1, (VOCAB, HIDDEN), linear=False),
+    Weights("self_attn.q_proj", LAYERS, (HEADS * HEAD, HIDDEN)),
+    Weights("self_attn.k_proj", LAYERS, (KV_HEADS * HEAD, HIDDEN)),
+    Weights("self_attn.v_proj", LAYERS, (KV_HEADS * HEAD, HIDDEN)),
+    Weights("self_attn.o_proj", LAYERS, (HIDDEN, HEADS * HEAD)),
+    Weights("mlp.gate_proj", LAYERS, (WIDE, HIDDEN)),
+    Weights("mlp.up_proj", LAYERS, (WIDE, HIDDEN)),
+    Weights("mlp.down_proj", LAYERS, (HIDDEN, WIDE)),
+    Weights("input_layernorm, post_attention_layernorm", 2 * LAYERS, (HIDDEN,), linear=False),
+    Weights("model.norm", 1, (HIDDEN,), linear=False),
+    Weights("lm_head", 1, (VOCAB, HIDDEN), linear=False),  # peft leaves the output layer out of all-linear
+)
+
+
+def norm(n: int, name: str, then: str) -> list[Alive]:
+    """What LlamaRMSNorm.forward leaves for backward."""
+    rows = (1, TOKENS, HIDDEN)
+    saved = "saved activations"
+    return [
+        Alive(saved, n, f"{name}, float32 copy", rows, "fp32", "`hidden_states.to(torch.float32)`; `pow(2)` saves it"),
+        Alive(saved, n, f"{name}, rsqrt", (1, TOKENS, 1), "fp32", "`torch.rsqrt` saves its result"),
+        Alive(
+            saved, n, f"{name}, normalised", rows, "bf16", "`self.weight * hidden_states`, for the weight's gradient"
+        ),
+        Alive(saved, n, f"{name}, output", rows, "bf16", f"input of {then}, for weight gradients"),
+    ]
+
+
+def alive() -> list[Alive]:
+    """What is alive at the peak, when the loss's backward makes the gradient of the logits, in the second step."""
+    saved, loss, rest, batch = "saved activations", "logits and loss", "temporary buffers", "batch"
+    held = "transformers, `from_pretrained`"
+    states = "AdamW's, of the first step on; as its weight (`torch.zeros_like`)"
+    scores = (TOKENS, VOCAB)
+    mlp = (1, TOKENS, WIDE)
+    fused = "scaled_dot_product_attention (cuDNN) saves it"
+    return [
+        *(Alive("weights", w.n, w.name, w.shape, "bf16", held) for w in WEIGHTS),
+        Alive("weights", 2, "inverse frequencies", (HEAD // 2,), "fp32", "two buffers of LlamaRotaryEmbedding"),
+        *(Alive("optimizer states", 2 * w.n, f"exp_avg, exp_avg_sq of {w.name}", w.shape, "bf16", states)
+          for w in WEIGHTS),
+        Alive("optimizer states", sum(w.n for w in WEIGHTS), "step, one a weight", (), "fp32",
+              "the fused kernel wants it on the GPU"),
+        Alive(rest, 2, "cos and sin", (1, TOKENS, HEAD), "bf16", "LlamaRotaryEmbedding; each layer's `q * cos` saves it"),
+        *norm(LAYERS, "input_layernorm", "q_proj, k_proj, v_proj"),
+        Alive(saved, LAYERS, "query", (1, HEADS, TOKENS, HEAD), "bf16", f"`apply_rotary_pos_emb`; {fused}"),
+        Alive(saved, LAYERS, "key", (1, KV_HEADS, TOKENS, HEAD), "bf16", f"`apply_rotary_pos_emb`; {fused}"),
+        Alive(saved, LAYERS, "value", (1, KV_HEADS, TOKENS, HEAD), "bf16", f"v_proj; {fused}"),
+        Alive(saved, LAYERS, "attention output", (1, HEADS, TOKENS, HEAD), "bf16", f"{fused}, so does o_proj"),
+        Alive(saved, LAYERS, "log-sum-exp", (1, HEADS, TOKENS, 1), "fp32", "of the same kernel"),
+        Alive(saved, 2 * LAYERS, "philox seed and offset", (), "int64", "of the same kernel, also without dropout"),
+        *norm(LAYERS, "post_attention_layernorm", "gate_proj, up_proj"),
+        Alive(saved, LAYERS, "gate", mlp, "bf16", "gate_proj; `silu` saves it"),
+        Alive(saved, LAYERS, "silu of it", mlp, "bf16", "the product with up saves it"),
+        Alive(saved, LAYERS, "up", mlp, "bf16", "up_proj; the product saves it"),
+        Alive(saved, LAYERS, "the product", mlp, "bf16", "input of down_proj, for its weight's gradient"),
+        *norm(1, "model.norm", "lm_head"),
+        Alive(loss, 1, "log-probabilities", scores, "fp32", "`F.cross_entropy` on `logits.float()`; log_softmax saves it"),
+        Alive(loss, 1, "gradient of them", scores, "fp32", "nll_loss's backward"),
+        Alive(loss, 1, "gradient of the logits", scores, "fp32", "log_softmax's backward: the op at the peak"),
+        Alive(loss, 5, "scalars of the loss", (), "fp32",
+              "this step's and the last one's, divided, summed, and the gradient of 1"),
+        Alive(rest, 1, "norm of all gradients", (), "bf16", "`clip_grad_norm_` of the step before"),
+        Alive(batch, 3, "input_ids, attention_mask, labels", (1, TOKENS), "int64", "the Trainer's inputs"),
+        Alive(batch, 1, "number of tokens", (), "int64", "`num_items_in_batch`"),
+        Alive("cuBLAS workspace", 2, "workspace", (32 * MIB,), "uint8",
+              "one for the forward thread, one for backward's (CublasHandlePool.cpp, compute capability 9.0)"),
+    ]  # fmt: skip
+
+
+class Followed(NamedTuple):
+    """The small model's plan, the sizes of the tensors alive at its peak, and the bytes of each segment at the end."""
+
+    made: Plan
+    sizes: Counter[int]
+    segments: Counter[int]
+
+
+@cache
+def followed() -> Followed:
+    made = plan(CONFIG, method="full", stack=stack.parse_stack(STACK).versions, calibration=False, **OPTIONS)
+    run = memory.run_of(made.architecture, made.options, made.device, made.counts)
+    allocator = Allocator()
+    found: list[Counter[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            memory,
+            "components",
+            lambda program, held, *_: found.append(Counter(program.sizes[i] for i in held)) or (),
+        )
+        memory.replay(run, made.options, made.device, memory.SOURCES, None, allocator)
+    segments = Counter(length * 512 for length in allocator._segments.values())
+    return Followed(made, found[0], segments)
+
+
+def config_json() -> str:
+    return f"```json\n{json.dumps(CONFIG, indent=2)}\n```"
+
+
+def weights_table() -> str:
+    rank = 16
+    rows = [
+        (w.name, w.n, times(w.shape), w.n * prod(w.shape), w.n * rank * sum(w.shape) if w.linear else 0)
+        for w in WEIGHTS
+    ]
+    total = ("**total**", sum(w.n for w in WEIGHTS), "", sum(row[3] for row in rows), sum(row[4] for row in rows))
+    return table("weight | of them> | shape | parameters, all trained by `full`> | trained by `lora`, r=16>",
+                 [*rows, total])  # fmt: skip
+
+
+def times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "1"
+
+
+def alive_table() -> str:
+    rows: list[tuple[object, ...]] = []
+    for part in dict.fromkeys(each.part for each in alive()):
+        mine = [each for each in alive() if each.part == part]
+        rows.append((f"**{part}**", "", "", f"**{sum(each.n * each.bytes for each in mine):,}**", ""))
+        if part == "optimizer states":  # a row a weight would repeat the table above
+            moments = [each for each in mine if each.dtype == "bf16"]
+            nbytes = sum(each.n * each.bytes for each in moments)
+            of = f"2 x {sum(prod(w.shape) * w.n for w in WEIGHTS):,}"
+            rows.append(("exp_avg, exp_avg_sq", sum(each.n for each in moments), f"{of} bf16", nbytes, moments[0].why))
+            mine = mine[len(moments) :]
+        rows += [(e.what, e.n, f"{times(e.shape)} {e.dtype}", e.n * e.bytes, e.why) for e in mine]
+    return table("tensor | of them> | shape and dtype | bytes of all> | made by, kept by", rows)
+
+
+def sums() -> str:
+    found = followed().made.memory
+    asked = sum(each.n * each.bytes for each in alive())
+    blocks = sum(each.n * block_bytes(each.bytes) for each in alive())
+    segments = sorted(followed().segments.items())
+    held = sum(size * n for size, n in segments)
+    rows = [
+        ("the tensors above", asked),
+        ("each rounded up to a multiple of 512", blocks - asked),
+        ("**= peak allocated**", f"**{blocks:,}**"),
+        ("in segments and not in a block then", held - blocks),
+        ("**= peak reserved**: " + " + ".join(f"{n} x {size // MIB} MiB" for size, n in segments), f"**{held:,}**"),
+        ("CUDA context: the process's own", found.context_bytes - found.hidden_bytes),
+        ("CUDA context: what the driver keeps for itself", found.hidden_bytes),
+        ("**= device total**", f"**{held + found.context_bytes:,}**"),
+    ]
+    return table("what | bytes>", rows)
+
+
+def course() -> str:
+    return table(
+        "part of the step | highest> | at its end>",
+        [(each.phase, each.peak_bytes, each.end_bytes) for each in followed().made.memory.timeline],
+    )
+
+
+def test_what_is_alive_at_the_peak_is_what_was_derived_by_hand() -> None:
+    by_hand: Counter[int] = Counter()
+    parts: Counter[str] = Counter()
+    for each in alive():
+        by_hand[each.bytes] += each.n
+        parts[each.part] += each.n * each.bytes
+    found = followed().made.memory
+    assert by_hand == followed().sizes
+    assert parts == {row.name: row.bytes for row in found.components if row.name != "block rounding"}
+    assert sum(each.n * block_bytes(each.bytes) for each in alive()) == found.peak_allocated_bytes
+    assert found.peak_phase == "loss, backward"
+
+
+def test_the_segments_are_what_is_reserved() -> None:
+    found = followed()
+    assert sum(size * n for size, n in found.segments.items()) == found.made.memory.peak_reserved_bytes
+    assert set(found.segments) == {2 * MIB, 20 * MIB, 32 * MIB}
+
+
+def test_the_weights_and_what_is_trained() -> None:
+    counts = followed().made.counts
+    assert sum(w.n * prod(w.shape) for w in WEIGHTS) == counts.total == counts.trainable
+    adapted = plan(CONFIG, method="lora", rank=16, **OPTIONS).counts.trainable
+    assert adapted == sum(w.n * 16 * sum(w.shape) for w in WEIGHTS if w.linear)
+
+
+# ------------------------------------------------------------------------------------------------------- every page
+
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "byte.md": {
+        "config": config_json,
+        "command": lambda: f"```sh\n{COMMAND}\n```",
+        "weights": weights_table,
+        "course": course,
+        "alive": alive_table,
+        "sums": sums,
+    },
+}
+EVERY = [(page, name) for page, blocks in BLOCKS.items() for name in blocks]
+
+
+def marked(text: str, name: str) -> re.Match[str]:
+    match = re.search(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- /{name} -->)", text, re.DOTALL)
+    assert match, f"<!-- {name} --> is missing"
+    return match
+
+
+@pytest.mark.parametrize(("page", "name"), EVERY)
+def test_a_page_shows_what_the_program_says(page: str, name: str) -> None:
+    shown = marked((DOCS / page).read_text("utf-8"), name)[0]
+    assert shown == BLOCKS[page][name](), "python tests/test_docs.py writes it anew"
+
+
+def test_every_block_of_a_page_is_written_here() -> None:
+    for page, blocks in BLOCKS.items():
+        assert set(re.findall(r"<!-- /(\w+) -->", (DOCS / page).read_text("utf-8"))) == set(blocks)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in DOCS.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def write(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name, content in BLOCKS[page.name].items():
+        at = marked(text, name)
+        text = text[: at.start()] + content() + text[at.end() :]
+    page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    os.environ["VRAMPLAN_DATA_DIR"] = os.devnull
+    for each in BLOCKS:
+        write(DOCS / each)
