@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from vramplan import __version__
 from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, reason, shown, unknown
@@ -39,11 +40,44 @@ class _Commands(click.Group):
             args = ["plan", *args]
         return super().parse_args(ctx, args or ["--help"])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and what `plan` takes as its first word."""
+        found = super().shell_complete(ctx, incomplete) + click.Command.shell_complete(plan, ctx, incomplete)
+        if not incomplete.startswith("-"):
+            models = plan.params[0].shell_complete(ctx, incomplete)
+            found += [item for item in models if item.type == "plain" or not found]
+        return list({item.value: item for item in found}.values())  # --help is in both
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = [param.get_help_record(ctx) for param in plan.params if isinstance(param, click.Option)]
         with formatter.section("Options of vramplan MODEL"):
             formatter.write_dl([record for record in records if record is not None])
         super().format_options(ctx, formatter)
+
+
+# What a shell offers for the word that is being typed (click's completion).
+
+
+def _starting(names: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    return lambda _, __, typed: [name for name in names if name.startswith(typed)]
+
+
+def _models(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Bundled models, or files where none begins so."""
+    from vramplan.planner import catalog
+
+    found = [CompletionItem(model.name) for model in catalog.models() if model.name.startswith(typed)]
+    return found or _files(ctx, param, typed)
+
+
+def _gpus(_: click.Context, __: click.Parameter, typed: str) -> list[str]:
+    from vramplan.planner import catalog
+
+    return [gpu.name for gpu in catalog.gpus() if gpu.name.startswith(typed)]
+
+
+def _files(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
+    return [CompletionItem(typed, type="file")]
 
 
 @click.group(
@@ -89,7 +123,10 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
         return click.option(f"{option.flag}/{no}", option.name, default=None, help=help_text)
     few = 0 < len(option.choices) <= 6
     metavar = {"integer": "N", "number": "X", "names": "NAMES", "choice": "NAME"}[option.kind]
-    return click.option(option.flag, option.name, metavar="|".join(option.choices) if few else metavar, help=help_text)
+    shown_as = "|".join(option.choices) if few else metavar
+    return click.option(
+        option.flag, option.name, metavar=shown_as, help=help_text, shell_complete=_starting(option.choices)
+    )
 
 
 def _views(command: Callable[..., int]) -> Callable[..., int]:
@@ -104,7 +141,9 @@ def _views(command: Callable[..., int]) -> Callable[..., int]:
     return click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")(command)
 
 
-_gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
+_gpu = click.option(
+    "--gpu", metavar="NAME|SIZE", shell_complete=_gpus, help="A GPU of `vramplan gpus`, or a size such as 24GiB."
+)
 _stack = click.option(
     "--stack", metavar="VERSIONS", help="Versions to plan for, such as torch=2.11,peft=0.21.  [default: installed]"
 )
@@ -113,16 +152,28 @@ _calibration = click.option(
     default=None,
     help="Use what `vramplan probe` learned about the GPU here.  [default: True]",
 )
-_prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, instead of those of `vramplan prices`.")
-_config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
+_prices = click.option(
+    "--prices",
+    metavar="FILE",
+    shell_complete=_files,
+    help="A CSV file of prices, instead of those of `vramplan prices`.",
+)
+_config = click.option(
+    "--config",
+    metavar="FILE",
+    shell_complete=_files,
+    help="A TOML file with the same names; the command line goes first.",
+)
 
 
 def _plot(what: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    return click.option("--plot", metavar="FILE", help=f"Draw {what} into an .svg, .png or .pdf file.")
+    return click.option(
+        "--plot", metavar="FILE", shell_complete=_files, help=f"Draw {what} into an .svg, .png or .pdf file."
+    )
 
 
 @cli.command()
-@click.argument("model", required=False)
+@click.argument("model", shell_complete=_models, required=False)
 @_training_options
 @_gpu
 @_stack
@@ -214,8 +265,10 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
 
 
 @cli.command(short_help="Write a plan as a page for a browser.")
-@click.argument("model", required=False)
-@click.option("-o", "--output", metavar="FILE", help="The page, an .html file; an earlier one is replaced.")
+@click.argument("model", shell_complete=_models, required=False)
+@click.option(
+    "-o", "--output", metavar="FILE", shell_complete=_files, help="The page, an .html file; an earlier one is replaced."
+)
 @_training_options
 @_gpu
 @_stack
@@ -251,7 +304,7 @@ def report(model: str | None, config: str | None, output: str | None, **options:
 
 
 @cli.command(short_help="Find the largest run that fits a GPU.")
-@click.argument("model", required=False)
+@click.argument("model", shell_complete=_models, required=False)
 @click.option(
     "--over",
     metavar="NAMES",
@@ -301,7 +354,7 @@ def fit(
 
 
 @cli.command(short_help="Find the cheapest and the fastest way to train.")
-@click.argument("model", required=False)
+@click.argument("model", shell_complete=_models, required=False)
 @click.option("--budget", metavar="DOLLARS", help="The most that the run may cost, such as 50usd.")
 @click.option("--deadline", metavar="TIME", help="The longest that it may take, such as 8h, 90min or 2d.")
 @click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
@@ -401,7 +454,7 @@ def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 @cli.command(short_help="Plan the run of another framework's config.")
-@click.argument("files", metavar="FILE...", nargs=-1)
+@click.argument("files", metavar="FILE...", shell_complete=_files, nargs=-1)
 @click.option("--from", "framework", metavar="NAME", help="axolotl, llamafactory, trl or transformers.")
 @click.option("--ignore", metavar="KEY", multiple=True, help="Plan as if this key were not there.")
 @click.option("--model", metavar="MODEL", help="The model, where FILE names none or another is meant.")
@@ -453,10 +506,10 @@ def check(
 
 
 @cli.command(short_help="Write a plan as another framework's config, or as a script.")
-@click.argument("model")
+@click.argument("model", shell_complete=_models)
 @click.option("--to", "target", required=True, metavar="NAME", help="trl, axolotl, llamafactory, accelerate or script.")
 @click.option("--dataset", metavar="NAME", help="The data set to name in it; a placeholder stands there without.")
-@click.option("-o", "--output", metavar="FILE", help="Write here.  [default: print it]")
+@click.option("-o", "--output", metavar="FILE", shell_complete=_files, help="Write here.  [default: print it]")
 @click.option("--force", is_flag=True, help="Overwrite FILE where it exists.")
 @_training_options
 @_gpu
@@ -498,7 +551,7 @@ def export(
 
 
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
-@click.argument("model")
+@click.argument("model", shell_complete=_models)
 @_step_options
 @_gpu
 @_config
@@ -531,7 +584,7 @@ def _print_trace(found: dict[str, Any], as_json: bool) -> int:
 
 
 @cli.command(short_help="Hold plans against measured runs.")
-@click.argument("files", metavar="[FILE]...", nargs=-1)
+@click.argument("files", metavar="[FILE]...", shell_complete=_files, nargs=-1)
 @click.option("--tolerance", metavar="PERCENT", help="Exit with 1 beyond it: 2, or allocated=1.5,reserved=5.")
 @click.option("--json", "as_json", is_flag=True, help="Print every run's errors as JSON.")
 @_plot("planned against measured")
@@ -569,16 +622,23 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
 
 
 @cli.command(short_help="Measure real training steps on this GPU.")
-@click.argument("model", required=False)
+@click.argument("model", shell_complete=_models, required=False)
 @_step_options
-@click.option("--config", metavar="FILE", help="A TOML file of options; the command line goes first.")
+@click.option(
+    "--config", metavar="FILE", shell_complete=_files, help="A TOML file of options; the command line goes first."
+)
 @click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
 @click.option("--full", is_flag=True, help="Calibrate with a grid of runs, up to an hour.")
 @click.option("--memory-limit", metavar="SIZE", help="Behave as a smaller GPU, of 16GiB for example.")
 @click.option("--boundary", is_flag=True, help="Run the largest MODEL that is planned to fit, and the next.")
 @click.option("--over", metavar="batch_size|seq_len", help="What --boundary varies.  [default: batch_size]")
 @click.option("--snapshot", is_flag=True, help="Compare MODEL's plan with PyTorch's memory history of a step.")
-@click.option("--output", metavar="FILE", help="Append results here, as JSON Lines.  [default: user data folder]")
+@click.option(
+    "--output",
+    metavar="FILE",
+    shell_complete=_files,
+    help="Append results here, as JSON Lines.  [default: user data folder]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every run, predicted and measured, as JSON.")
 def probe(
     model: str | None,
@@ -688,7 +748,9 @@ def gpus(words: Sequence[str], as_json: bool) -> None:
 
 @cli.command(short_help="List what GPUs cost an hour, or fetch newer prices.")
 @click.argument("words", metavar="refresh | [FILTER]...", nargs=-1)
-@click.option("--prices", "file", metavar="FILE", help="A CSV file of prices, instead of the known ones.")
+@click.option(
+    "--prices", "file", metavar="FILE", shell_complete=_files, help="A CSV file of prices, instead of the known ones."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every field as JSON.")
 def prices(words: Sequence[str], file: str | None, as_json: bool) -> None:
     """List what an hour on a GPU costs, or those offers that every word of FILTER finds.

@@ -284,7 +284,8 @@ class Probe:
             return self._keep(Result(case, "not started", reason))
         others = _others_bytes(self.machine.uuid, self.machine.card.budget_bytes)
         asked = {
-            "config": case.plan.model.config,
+            # where a config was saved is nobody's business
+            "config": {name: value for name, value in case.plan.model.config.items() if name != "_name_or_path"},
             "options": case.options,
             "steps": case.steps,
             "limit_bytes": case.room_bytes if case.limited else None,
@@ -433,7 +434,8 @@ def _line(case: Case, machine: Machine, found: Mapping[str, Any], others: int) -
     return {
         "id": case.id,
         "model": case.plan.model.name,
-        "config": case.plan.model.config,
+        # where a config was saved is nobody's business
+        "config": {name: value for name, value in case.plan.model.config.items() if name != "_name_or_path"},
         "options": case.options,
         "gpu": machine.card.name,
         "stack": dict(machine.stack),

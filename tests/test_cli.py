@@ -374,3 +374,36 @@ def test_output_that_cannot_be_encoded() -> None:
     done = subprocess.run([*COMMAND, "./ünïcode"], capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"?n?code, QLoRA")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("vramplan llama-3.1-8", "plain,llama-3.1-8b"),
+        ("vramplan comp", "plain,compare"),
+        ("vramplan --meth", "plain,--method"),
+        ("vramplan llama-3.1-8b --method ql", "plain,qlora"),
+        ("vramplan fit llama-3.1-8b --gpu h20", "plain,h200"),
+        ("vramplan probe qwen3-4b --trainer tr", "plain,transformers\nplain,trl"),
+        ("vramplan ./confi", "file,./confi"),
+        ("vramplan verify runs", "file,runs"),
+        ("vramplan no-model --rank 1", ""),
+    ],
+)
+def test_a_shell_completes(run: Any, monkeypatch: pytest.MonkeyPatch, typed: str, offered: str) -> None:
+    monkeypatch.setenv("_VRAMPLAN_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert run("") == (0, offered + "\n", "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_lines_that_turn_completion_on(run: Any, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "contributing.md").read_text("utf-8")
+    assert f"_VRAMPLAN_COMPLETE={shell}_source vramplan" in text
+    monkeypatch.setenv("_VRAMPLAN_COMPLETE", f"{shell}_source")
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("click asks bash for its version")
+    code, out, _ = run("")
+    assert code == 0
+    assert "_VRAMPLAN_COMPLETE" in out

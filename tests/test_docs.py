@@ -15,17 +15,22 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from test_readme import ROOT
+from test_measured import BOUNDARIES, FOUR, KNOWN, OTHERS, PHASES, PROBED, TWO, scores
+from test_readme import AS_OF, ROOT
+from test_throughput import published_errors
 
 from vramplan import plan
-from vramplan.planner import memory, stack
+from vramplan.planner import memory, prices, report_plots, stack, training, verify
 from vramplan.planner.allocator import Allocator, block_bytes
+from vramplan.planner.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from vramplan.planner.plan import Plan
+    from vramplan.planner.run import Program
+    from vramplan.planner.verify import Score
 
 DOCS = ROOT / "docs"
 MIB = 2**20
@@ -111,9 +116,7 @@ def norm(n: int, name: str, then: str) -> list[Alive]:
     return [
         Alive(saved, n, f"{name}, float32 copy", rows, "fp32", "`hidden_states.to(torch.float32)`; `pow(2)` saves it"),
         Alive(saved, n, f"{name}, rsqrt", (1, TOKENS, 1), "fp32", "`torch.rsqrt` saves its result"),
-        Alive(
-            saved, n, f"{name}, normalised", rows, "bf16", "`self.weight * hidden_states`, for the weight's gradient"
-        ),
+        Alive(saved, n, f"{name}, normalised", rows, "bf16", "`self.weight * ...`, for the weight's gradient"),
         Alive(saved, n, f"{name}, output", rows, "bf16", f"input of {then}, for weight gradients"),
     ]
 
@@ -133,7 +136,7 @@ def alive() -> list[Alive]:
           for w in WEIGHTS),
         Alive("optimizer states", sum(w.n for w in WEIGHTS), "step, one a weight", (), "fp32",
               "the fused kernel wants it on the GPU"),
-        Alive(rest, 2, "cos and sin", (1, TOKENS, HEAD), "bf16", "LlamaRotaryEmbedding; each layer's `q * cos` saves it"),
+        Alive(rest, 2, "cos and sin", (1, TOKENS, HEAD), "bf16", "LlamaRotaryEmbedding; `q * cos` saves them"),
         *norm(LAYERS, "input_layernorm", "q_proj, k_proj, v_proj"),
         Alive(saved, LAYERS, "query", (1, HEADS, TOKENS, HEAD), "bf16", f"`apply_rotary_pos_emb`; {fused}"),
         Alive(saved, LAYERS, "key", (1, KV_HEADS, TOKENS, HEAD), "bf16", f"`apply_rotary_pos_emb`; {fused}"),
@@ -147,7 +150,7 @@ def alive() -> list[Alive]:
         Alive(saved, LAYERS, "up", mlp, "bf16", "up_proj; the product saves it"),
         Alive(saved, LAYERS, "the product", mlp, "bf16", "input of down_proj, for its weight's gradient"),
         *norm(1, "model.norm", "lm_head"),
-        Alive(loss, 1, "log-probabilities", scores, "fp32", "`F.cross_entropy` on `logits.float()`; log_softmax saves it"),
+        Alive(loss, 1, "log-probabilities", scores, "fp32", "`F.cross_entropy` in float32; log_softmax saves it"),
         Alive(loss, 1, "gradient of them", scores, "fp32", "nll_loss's backward"),
         Alive(loss, 1, "gradient of the logits", scores, "fp32", "log_softmax's backward: the op at the peak"),
         Alive(loss, 5, "scalars of the loss", (), "fp32",
@@ -174,12 +177,13 @@ def followed() -> Followed:
     run = memory.run_of(made.architecture, made.options, made.device, made.counts)
     allocator = Allocator()
     found: list[Counter[int]] = []
+
+    def counted(program: Program, held: Iterable[int], *_: object) -> tuple[()]:
+        found.append(Counter(program.sizes[i] for i in held))
+        return ()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            memory,
-            "components",
-            lambda program, held, *_: found.append(Counter(program.sizes[i] for i in held)) or (),
-        )
+        patch.setattr(memory, "components", counted)
         memory.replay(run, made.options, made.device, memory.SOURCES, None, allocator)
     segments = Counter(length * 512 for length in allocator._segments.values())
     return Followed(made, found[0], segments)
@@ -271,6 +275,159 @@ def test_the_weights_and_what_is_trained() -> None:
     assert adapted == sum(w.n * 16 * sum(w.shape) for w in WEIGHTS if w.linear)
 
 
+# ------------------------------------------------------------------------------------------------- docs/accuracy.md
+
+ONE_GPU, MANY = (KNOWN, OTHERS, PROBED), (TWO, FOUR)
+FILES = {
+    KNOWN: "one GPU, there while the ops were written",
+    OTHERS: "one GPU, other models and settings, measured afterwards",
+    PROBED: "one GPU, by `vramplan probe`",
+    TWO: "two GPUs, DDP and FSDP2",
+    FOUR: "four GPUs, DDP and FSDP2",
+}
+MEMORY = {"allocated": "peak allocated", "reserved": "peak reserved", "device": "device, with the CUDA context"}
+SPREAD = "runs> | to the byte> | median error> | 95th percentile> | worst>"
+PICTURE = DOCS / "images" / "accuracy.svg"
+
+
+def of(*names: str) -> list[Score]:
+    return [each for name in names for each in scores(name)]
+
+
+def spread(found: Iterable[Score], figure: str) -> tuple[object, ...]:
+    """The cells of `SPREAD`."""
+    errors = [each.errors[figure] for each in found if figure in each.errors]
+    if not errors:
+        return 0, "", "", "", ""
+    s = verify.spread(errors)
+    return s.n, sum(error == 0 for error in errors), f"{s.median:.3%}", f"{s.p95:.2%}", f"{s.worst:+.2%}"
+
+
+def errors_table() -> str:
+    rows = [
+        (f"[{title}](../tables/measured/{name})" if figure == "allocated" else "", what, *spread(of(name), figure))
+        for name, title in FILES.items()
+        for figure, what in MEMORY.items()
+        if any(figure in each.errors for each in of(name))
+    ]
+    return table(f"measured | figure | {SPREAD}", rows)
+
+
+def methods_table() -> str:
+    rows = [
+        (method, MEMORY[figure], *spread([each for each in of(*ONE_GPU) if each.method == method], figure))
+        for method in ("full", "lora", "qlora")
+        for figure in MEMORY
+    ]
+    return table(f"method | figure | {SPREAD}", rows)
+
+
+def edge() -> str:
+    found = of(BOUNDARIES)
+    cells = [
+        (planned, *(sum(each.run.outcome == outcome and each.fits_as_measured is (planned == said) for each in found)
+                    for outcome, said in (("ok", "survives"), ("out_of_memory", "runs out of memory"))))
+        for planned in ("survives", "runs out of memory")
+    ]  # fmt: skip
+    return table("planned | survived> | ran out of memory>", cells)
+
+
+def phases_table() -> str:
+    rows = []
+    for phase in ("loading", "evaluation", "saving", "generation", "merging"):
+        mine = [each for each in of(PHASES) if each.run.options["phases"] == [phase]]
+        for figure in ("allocated", "reserved"):
+            if any(figure in each.errors for each in mine):
+                rows.append((phase if figure == "allocated" else "", MEMORY[figure], *spread(mine, figure)))
+    return table(f"phase | figure | {SPREAD}", rows)
+
+
+def time_table() -> str:
+    def row(what: str, errors: list[float]) -> tuple[object, ...]:
+        sizes = sorted(map(abs, errors))
+        return (
+            what,
+            len(sizes),
+            f"{sizes[len(sizes) // 2]:.1%}",
+            f"{sizes[int(0.9 * len(sizes))]:.0%}",
+            f"{max(errors, key=abs):+.0%}",
+        )
+
+    def step(*names: str) -> list[float]:
+        return [each.errors["step"] for each in of(*names) if "step" in each.errors]
+
+    rows = [
+        row("one GPU, the settled steps of these runs", step(*ONE_GPU, BOUNDARIES)),
+        row("two and four GPUs", step(*MANY)),
+        row("tokens a second that others published for A100s and H100s", published_errors()),
+    ]
+    return table("seconds of a step | runs> | median error> | 90th percentile> | worst>", rows)
+
+
+CHOICES = ("method", "trainer", "attention", "weights_dtype", "mixed_precision", "optimizer", "parallel", "num_gpus")
+
+
+def used(name: str) -> Counter[str]:
+    """How often each value of an option was measured."""
+    option = training.OPTIONS[name]
+    runs = [each.run.options for each in of(*verify_files())]
+    default = "none" if name == "parallel" else option.default
+    return Counter(str(options.get(name, default)) for options in runs)
+
+
+def verify_files() -> list[str]:
+    return [file.name for file in verify.bundled()]
+
+
+def covered_table() -> str:
+    runs = of(*verify_files())
+    rows: list[tuple[str, str, str]] = [
+        ("GPU", counted_words(Counter(each.run.gpu for each in runs)), "every other"),
+        ("torch", counted_words(Counter(each.run.stack["torch"].split("+")[0] for each in runs)), "every other"),
+        ("transformers", counted_words(Counter(each.run.stack["transformers"] for each in runs)), "every other"),
+    ]
+    for name in CHOICES:
+        found = used(name)
+        never = [choice for choice in training.OPTIONS[name].choices if choice not in found]
+        if name == "num_gpus":
+            never = ["more than four"]
+        if name == "parallel":
+            never = [each for each in never if each != "none"]
+        rows.append((f"`{name}`", counted_words(found), ", ".join(never)))
+    families = Counter(each.run.config["model_type"] for each in runs)
+    assert set(families) <= set(FAMILIES)
+    rows.append(("family", counted_words(families), ", ".join(sorted(set(FAMILIES) - set(families)))))
+    return table("of a run | measured (runs) | never measured", rows)
+
+
+def counted_words(found: Counter[str]) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in found.most_common())
+
+
+def draw(file: Path) -> None:
+    """The picture of `vramplan verify --plot`, with the day that the README's figures have."""
+    command = "vramplan verify --plot docs/images/accuracy.svg"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prices, "_today", lambda: AS_OF)
+        report_plots.draw(str(file), "accuracy", of(*verify_files()), command)
+
+
+# --------------------------------------------------------------------------------------------- docs/contributing.md
+
+
+def test_the_page_names_every_field_of_a_probes_file() -> None:
+    text = (DOCS / "contributing.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (`.*?`) \|", text[text.index("## What the file holds") : text.index("## Check")], re.MULTILINE
+    )
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    found: set[str] = set()
+    for name in (PROBED, BOUNDARIES):
+        for line in (verify.MEASURED / name).read_text("utf-8").splitlines():
+            found |= set(json.loads(line))
+    assert named == found | {"ranks"}  # of probes/ranks.py
+
+
 # ------------------------------------------------------------------------------------------------------- every page
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
@@ -282,8 +439,17 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "alive": alive_table,
         "sums": sums,
     },
+    "accuracy.md": {
+        "errors": errors_table,
+        "methods": methods_table,
+        "edge": edge,
+        "phases": phases_table,
+        "time": time_table,
+        "covered": covered_table,
+    },
 }
-EVERY = [(page, name) for page, blocks in BLOCKS.items() for name in blocks]
+# test_measured.py looks at docs/accuracy.md: it has planned every run already
+EVERY = [(page, name) for page, blocks in BLOCKS.items() for name in blocks if page != "accuracy.md"]
 
 
 def marked(text: str, name: str) -> re.Match[str]:
@@ -292,10 +458,13 @@ def marked(text: str, name: str) -> re.Match[str]:
     return match
 
 
+def shown(page: str, name: str) -> str:
+    return marked((DOCS / page).read_text("utf-8"), name)[0]
+
+
 @pytest.mark.parametrize(("page", "name"), EVERY)
 def test_a_page_shows_what_the_program_says(page: str, name: str) -> None:
-    shown = marked((DOCS / page).read_text("utf-8"), name)[0]
-    assert shown == BLOCKS[page][name](), "python tests/test_docs.py writes it anew"
+    assert shown(page, name) == BLOCKS[page][name](), "python tests/test_docs.py writes it anew"
 
 
 def test_every_block_of_a_page_is_written_here() -> None:
@@ -321,3 +490,4 @@ if __name__ == "__main__":
     os.environ["VRAMPLAN_DATA_DIR"] = os.devnull
     for each in BLOCKS:
         write(DOCS / each)
+    draw(PICTURE)

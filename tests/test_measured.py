@@ -22,6 +22,8 @@ import pytest
 from vramplan.planner import verify
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vramplan.planner.verify import Score, Spread
 
 KNOWN, OTHERS = "h200-single-gpu.jsonl", "h200-other-models.jsonl"
@@ -154,3 +156,21 @@ def test_the_other_phases(phase: str) -> None:
     else:
         assert verify.spread(reserved).median < 1e-5
         assert verify.spread(reserved).p95 < 0.05
+
+
+@pytest.mark.parametrize("name", ["errors", "methods", "edge", "phases", "time", "covered"])
+def test_the_page_on_accuracy(name: str) -> None:
+    """Here and not in test_docs.py, because the runs are planned here."""
+    import test_docs
+
+    assert test_docs.shown("accuracy.md", name) == test_docs.BLOCKS["accuracy.md"][name](), (
+        "python tests/test_docs.py writes it anew"
+    )
+
+
+def test_the_picture_on_accuracy(tmp_path: Path) -> None:
+    from test_docs import PICTURE, draw
+    from test_pictures import words
+
+    draw(tmp_path / "accuracy.svg")
+    assert words(PICTURE) == words(tmp_path / "accuracy.svg"), "python tests/test_docs.py draws it anew"
