@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from vramplan.planner.errors import UsageError, reason, shown
@@ -42,12 +43,20 @@ def write_text(file: Path, text: str) -> None:
     Raises OSError.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """The same for bytes, in a folder that there is; the file keeps its permissions, and a link still points to it."""
+    file = file.resolve()
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with scratch.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, scratch)
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)

@@ -176,7 +176,7 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     for name in options:
         if name not in OPTIONS:
             raise unknown("option", name, OPTIONS)
-    given = {name: _read(OPTIONS[name], value) for name, value in options.items() if value is not None}
+    given = {name: read_value(OPTIONS[name], value) for name, value in options.items() if value is not None}
     method = given.get("method", "qlora")
     values = dict(given)
     if "num_gpus" in given and given["num_gpus"] > 1:
@@ -252,7 +252,8 @@ def settle(
 # ---------------------------------------------------------------------------------------------------------- one value
 
 
-def _read(option: Option, value: object) -> Any:
+def read_value(option: Option, value: object) -> Any:
+    """A value of one option as `TrainingOptions` holds it; raises UsageError where it is none."""
     if option.name == "optimizer" and isinstance(value, str):
         optimizer.get(value)  # knows more to say of a wrong name
     if option.kind == "choice":
