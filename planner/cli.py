@@ -328,16 +328,24 @@ def _list_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option("--into", metavar="FILE", help="Write the table into a document, in the place of an earlier one.")
 @click.option("--between", metavar="MARKER", help="That place: between <!-- MARKER --> and <!-- /MARKER -->.")
-@click.option("--check", metavar="FILE", help="Make the tables of a Markdown document anew; exit with 1 if cells differ.")
+@click.option("--check", metavar="FILE", help="Make a Markdown document's tables anew; exit with 1 if cells differ.")
 @_list_options
 @click.option("--gpu", multiple=True, metavar="LIST", help="GPUs of `vramplan gpus`, or sizes such as 24GiB.")
-@click.option("--stack", multiple=True, metavar="VERSIONS...", help="Versions to plan for, such as torch=2.11,peft=0.21.")
+@click.option(
+    "--stack", multiple=True, metavar="VERSIONS...", help="Versions to plan for, such as torch=2.11,peft=0.21."
+)
 @_calibration
 @_prices
 @_config
 def table(
-    models: Sequence[str], config: str | None, form: str | None, as_json: bool, into: str | None, between: str | None,
-    check: str | None, **options: Any,
+    models: Sequence[str],
+    config: str | None,
+    form: str | None,
+    as_json: bool,
+    into: str | None,
+    between: str | None,
+    check: str | None,
+    **options: Any,
 ) -> int:
     """Make a table of plans: every option may be a list, and every combination is planned.
 
@@ -361,7 +369,9 @@ def table(
     from vramplan.planner import report_table
 
     if check is not None:
-        given = [name for name, value in {"MODEL": models, "--into": into, **options}.items() if value not in (None, ())]
+        given = [
+            name for name, value in {"MODEL": models, "--into": into, **options}.items() if value not in (None, ())
+        ]
         if given:
             raise UsageError(f"--check makes each table by its own caption; leave {given[0].strip('-')} out (--check)")
         return _check_tables(check)
@@ -396,9 +406,7 @@ def _table_question(models: Sequence[str], config: str | None, options: dict[str
 
 
 def _table_into(file: str, between: str | None, form: str | None, question: dict[str, Any]) -> int:
-    """Writes a table into a document, which is left as it is where nothing but the day has changed."""
-    import datetime
-    from dataclasses import replace
+    """Writes a table into a document, which is left as it is where nothing but the day would change."""
     from pathlib import Path
 
     from vramplan.planner import pasted, report, report_table
@@ -413,13 +421,10 @@ def _table_into(file: str, between: str | None, form: str | None, question: dict
     made = make(**question, each=report_table.planning)
     if made.missing:
         return 130
-    day = pasted.date_of(document, between, form)
-    as_before = replace(made, date=datetime.date.fromisoformat(day)) if day else made
-    if pasted.put(document, between, form, report_table.render(as_before, form)) == document:
-        report.print_lines([f"{file}: the table is as it should be"])
-        return 0
-    replace_bytes(Path(file), pasted.put(document, between, form, report_table.render(made, form)))
-    report.print_lines([f"{file}: the table is written"])
+    renewed = pasted.renewed(document, between, form, made)
+    if renewed != document:
+        replace_bytes(Path(file), renewed)
+    report.print_lines([f"{file}: the table is {'as it should be' if renewed == document else 'written'}"])
     return 0
 
 
@@ -432,9 +437,11 @@ def _check_tables(file: str) -> int:
     for found in pasted.tables(pasted.read(file, "--check"), file):
         where = f"{file}, line {found.line}"
         params = table.make_context("table", list(found.words)).params
-        question = _table_question(params.pop("models"), params.pop("config"), {
-            name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")
-        })
+        question = _table_question(
+            params.pop("models"),
+            params.pop("config"),
+            {name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")},
+        )
         made = make(**question, each=report_table.planning)
         if made.missing:
             return 130

@@ -10,6 +10,7 @@ from vramplan.planner.errors import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
 _FEW = 4  # tasks that are done sooner than other processes are started
 
@@ -17,7 +18,7 @@ _FEW = 4  # tasks that are done sooner than other processes are started
 def completed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     """The answers of `tasks` as they come, in any order; where tasks are few, one after another and here.
 
-    Tasks and answers must pickle. Ctrl-C ends it: what has not begun is not done. Raises Failure where the system ends
+    Tasks and answers must pickle. Whatever ends it early ends those processes. Raises Failure where the system ends
     a process.
     """
     workers = min(_cores(), len(tasks))
@@ -28,6 +29,8 @@ def completed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
+    futures: list[Future[Any]] = []
+    others = set(multiprocessing.active_children())
     # spawned, not forked: a progress bar has a thread
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
@@ -39,6 +42,9 @@ def completed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
         raise Failure("the system ended a process that planned, for want of memory perhaps; plan fewer cells") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if not all(future.done() and not future.cancelled() for future in futures):
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()  # what it is at, nobody waits for any more
 
 
 def _cores() -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shlex
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import read_bytes
+from vramplan.planner.report_table import render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from markdown_it.token import Token
+
+    from vramplan.planner.table import Table
 
 _LARGEST = 16 * 2**20  # bytes of a document
 _MARKER = r"[A-Za-z0-9]+([_.-]?[A-Za-z0-9]+)*"  # no two hyphens, which would end an HTML comment
@@ -77,11 +83,15 @@ def put(document: bytes, marker: str, form: str, text: str) -> bytes:
     return document[:start] + line_end.join(line.encode() for line in lines) + document[end:]
 
 
-def date_of(document: bytes, marker: str, form: str) -> str | None:
-    """The day on which the table that stands in a marker's place says it was made."""
+def renewed(document: bytes, marker: str, form: str, table: Table) -> bytes:
+    """The document with this table in a marker's place; where nothing but the day would change, it stays as it is."""
     start, end = between(document, marker, form)
-    match = re.search(rb"Made on (\d{4}-\d\d-\d\d) by vramplan", document[start:end])
-    return match[1].decode() if match else None
+    made = re.search(rb"Made on (\d{4}-\d\d-\d\d) by vramplan", document[start:end])
+    with suppress(ValueError):  # no day of any calendar
+        day = datetime.date.fromisoformat(made[1].decode()) if made else table.date
+        if put(document, marker, form, render(replace(table, date=day), form)) == document:
+            return document
+    return put(document, marker, form, render(table, form))
 
 
 # ------------------------------------------------------------------------------------------------------ found again

@@ -261,7 +261,8 @@ def _field(value: object) -> str:
 _STYLE = (
     "<style>.vramplan-table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     ".vramplan-table caption{text-align:left;padding-bottom:.5em}"
-    ".vramplan-table th,.vramplan-table td{padding:.2em .8em;text-align:left;border-bottom:1px solid rgba(128,128,128,.5)}"
+    ".vramplan-table th,.vramplan-table td{padding:.2em .8em;text-align:left;"
+    "border-bottom:1px solid rgba(128,128,128,.5)}"
     ".vramplan-table .number{text-align:right}.vramplan-table th{font-weight:normal}"
     ".vramplan-table thead th{font-weight:bold}.vramplan-table code{overflow-wrap:anywhere}</style>"
 )  # neither text nor ground has a colour of its own: the page's are legible, light or dark
@@ -371,6 +372,7 @@ def print_changes(found: Iterable[tuple[str, list[str]]]) -> None:
     """For each pasted table where it stands, and how its cells changed."""
     rows = []
     for where, changes in found:
-        rows.append(Row((where,), "bold red" if changes else "green"))
+        how = "stale" if changes else f"as vramplan {__version__} makes it"
+        rows.append(Row((f"{where}: {how}",), "bold red" if changes else "green"))
         rows += [Row((f"  {change}",)) for change in changes]
     show([Block("", "<", rows)])

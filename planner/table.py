@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, product
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vramplan.planner import catalog, prices
 from vramplan.planner.architecture import parse
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from vramplan.planner.cost import Cost
+    from vramplan.planner.fit import Fit
     from vramplan.planner.parameters import ParameterCounts
     from vramplan.planner.plan import Plan
     from vramplan.planner.prices import Offer
@@ -158,6 +159,10 @@ class Answer:
         return {part.name: part.bytes for part in self.plan.sizes()}
 
 
+def _headroom(fit: Fit) -> int:
+    return fit.headroom_bytes
+
+
 def _parts(*names: str) -> Callable[[Answer], int]:
     return lambda answer: sum(part.bytes for part in answer.plan.memory.components if part.name in names)
 
@@ -170,8 +175,8 @@ def _cost(of: Callable[[Cost], object]) -> Callable[[Answer], object]:
     return lambda answer: answer.cheapest if isinstance(answer.cheapest, Missing) else of(answer.cheapest)
 
 
-def _fit(of: Callable[[Any], object]) -> Callable[[Answer], object]:
-    return lambda answer: of(answer.plan.fit)
+def _fit(of: Callable[[Fit], object]) -> Callable[[Answer], object]:
+    return lambda answer: of(cast("Fit", answer.plan.fit))
 
 
 def _time(of: Callable[[Any], object]) -> Callable[[Answer], object]:
@@ -231,7 +236,7 @@ COLUMNS = {
             "fits", "fits", "", "only just means that PyTorch must give its cache back, which costs time",
             _fit(lambda fit: "no" if not fit.fits else "yes" if fit.retries is None else "only just"), on_gpu=True,
         ),
-        Column("headroom", "headroom", "B", "what CUDA sees less what it needs", _fit(lambda f: f.headroom_bytes), on_gpu=True),
+        Column("headroom", "headroom", "B", "what CUDA sees less what is needed", _fit(_headroom), on_gpu=True),
         Column("step_time", "step", "s", "one optimizer step", _time(lambda time: time.step_s), on_gpu=True),
         Column("tokens_per_s", "tokens", "/s", "in training", _time(lambda time: time.tokens_per_s), on_gpu=True),
         Column("hours", "time", "h", f"of the whole run, {_CHEAPEST}", _cost(lambda cost: cost.hours)),
@@ -384,7 +389,7 @@ def _axes(options: Mapping[str, object], gpu: object, stack: object) -> Iterable
             raise UsageError(f"{name} names no value; give one or leave it out ({OPTIONS[name].flag})")
         yield Axis(name, tuple(read))
     if gpu is not None:
-        cards = gpu if isinstance(gpu, list | tuple) else [gpu]
+        cards: Sequence[Any] = gpu if isinstance(gpu, list | tuple) else [gpu]
         yield Axis("gpu", tuple(dict.fromkeys(catalog.gpu(card).name for card in cards)))
     stacks = stack if isinstance(stack, list | tuple) else [stack]
     yield Axis("stack", tuple(dict.fromkeys(map(_pinned, stacks))))
@@ -472,9 +477,7 @@ _OF_A_STEP = ("batch_size", "seq_len", "gradient_checkpointing", "optimizer")
 _OF_A_RUN = ("examples", "tokens_per_example", "epochs")
 
 
-def _common(
-    runs: Sequence[TrainingOptions], varied: set[str], columns: Sequence[Column]
-) -> Iterable[tuple[str, Any]]:
+def _common(runs: Sequence[TrainingOptions], varied: set[str], columns: Sequence[Column]) -> Iterable[tuple[str, Any]]:
     """The options that all runs have alike: the weightiest always, others where they are not at their default."""
     if not runs:
         return
