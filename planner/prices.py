@@ -16,7 +16,6 @@ import datetime
 import io
 import os
 import re
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.planner import catalog
-from vramplan.planner.calibration import FOLDER
 from vramplan.planner.errors import Failure, UsageError, shown, unknown
 from vramplan.planner.files import read_text, write_text
 
@@ -36,6 +34,7 @@ STALE_DAYS = 60
 _TABLE = Path(__file__).parent.parent / "tables" / "prices.csv"
 _LARGEST = 4 * 2**20  # bytes of a file of prices; the bundled one has some 20,000
 _OPTION = "--prices"
+_FOLDER = "VRAMPLAN_DATA_DIR"  # the same as of calibrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def bundled() -> tuple[Offer, ...]:
 
 def cached() -> Path:
     """Where `refresh` keeps what it fetched; it need not exist."""
-    if named := os.environ.get(FOLDER):
+    if named := os.environ.get(_FOLDER):
         return Path(named) / "prices.csv"
     import platformdirs
 
@@ -113,7 +112,7 @@ def cached() -> Path:
 
 def stale(found: Iterable[Offer], today: datetime.date | None = None) -> str | None:
     """A warning where some of these prices are older than 60 days."""
-    today = today or datetime.date.today()
+    today = today or _today()
     dates = [(offer.age_days(today), offer.date) for offer in found]
     old = [each for each in dates if each[0] > STALE_DAYS]
     if not old:
@@ -122,6 +121,10 @@ def stale(found: Iterable[Offer], today: datetime.date | None = None) -> str | N
     many = f"{len(old)} of {len(dates)} prices are more than {STALE_DAYS} days old, the oldest of {oldest}"
     one = f"the price is more than {STALE_DAYS} days old, of {oldest}"
     return f"{many if len(dates) > 1 else one}; `vramplan prices refresh` fetches newer ones"
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def matching(found: Iterable[Offer], words: Iterable[str]) -> list[Offer]:
@@ -293,6 +296,7 @@ def refresh(within_s: float = 120.0) -> Refreshed:
     except ImportError:
         raise Failure("gpuhunt is not installed; pip install 'vramplan[prices]' brings it") from None
     import logging
+    import socket  # with logging a tenth of a plan's time, and only this command asks anybody
 
     logger = logging.getLogger("gpuhunt")  # what went wrong is told by `silent`, not by its tracebacks
     logger.propagate = False

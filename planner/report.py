@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 80  # where the output is no terminal
 _GAP = "  "  # between columns
-_METHODS = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
+METHODS = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 _GROUPS = {"all-linear": "all linear layers", "attention": "attention", "mlp": "the MLP"}
 _CHEAPEST = 4  # offers that are shown, besides the fastest
 _FITTING, _TOO_SMALL = 4, 2  # sizes of card that are shown on each side of the limit
@@ -104,7 +104,7 @@ def title(plan: Plan) -> str:
 
 def recipe(model: str, run: TrainingOptions) -> str:
     """The same of a model's name and a run's options."""
-    method = _METHODS[run.method]
+    method = METHODS[run.method]
     if run.lora:
         method += f" r={run.rank} on {_targets(run)}"
     extras = ((run.padded, "padded"), *_precision(run), *_settings(run))
@@ -131,7 +131,7 @@ def brief(model: str, run: TrainingOptions) -> str:
         *_precision(run),
         *_settings(run),
     )
-    method = _METHODS[run.method].removesuffix(" fine-tuning")
+    method = METHODS[run.method].removesuffix(" fine-tuning")
     first = f"{model} {method} {run.batch_size} x {run.seq_len}"
     return ", ".join([first, *(words for true, words in said if true)])
 
@@ -338,7 +338,8 @@ def _gpus(fits: Sequence[Fit]) -> Block:
         rows.append(Row(("fits", "", "", "none of the known cards")))
     lacking = sorted({ability for group in (*small, *large) for fit in group for ability in fit.lacks})
     if lacking:
-        rows.append(Row(("", "", "", f"* without {' or '.join(lacking)}, which this plan uses"), "dim"))
+        remedy = "planned in fp16 where named (--gpu)" if lacking == ["bf16"] else "which this plan uses"
+        rows.append(Row(("", "", "", f"* without {' or '.join(lacking)}, {remedy}"), "dim"))
     return Block("GPUs", "<>><", rows)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,13 +14,16 @@ from typing import Any
 import pytest
 from test_measured import BOUNDARIES, KNOWN, OTHERS, PROBED, scores
 
-from vramplan.planner import cli, stack
+from vramplan import plan
+from vramplan.planner import cli, prices, report, stack
+from vramplan.planner.units import format_gib
 from vramplan.planner.verify import spreads
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 EXAMPLE = "vramplan llama-3.1-8b --method qlora --rank 16"
 HELP = "vramplan --help"
+AS_OF = datetime.date(2026, 11, 22)  # prices grow old, and this file does not
 
 
 def said(command: str) -> str:
@@ -26,6 +31,7 @@ def said(command: str) -> str:
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         patch.setattr(stack, "installed", dict)
+        patch.setattr(prices, "_today", lambda: AS_OF)
         cli.main(shlex.split(command)[1:])
     return out.getvalue()
 
@@ -55,7 +61,28 @@ def accuracy() -> str:
     )
 
 
-BLOCKS: dict[str, Any] = {"example": lambda: shown(EXAMPLE), "accuracy": accuracy, "help": lambda: shown(HELP)}
+def methods() -> str:
+    """What a 7B takes by each method: memory, and on the cheapest offer that holds it hours and dollars."""
+    lines = ["| | GPU memory | cheapest | hours | dollars | command |", "|---|---|---|---|---|---|"]
+    for method, name in report.METHODS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stack, "installed", dict)
+            made = plan("llama-2-7b", method=method)
+            cost = made.costs()[0][0]
+        hours = f"{cost.hours:.1f} ({cost.hours_low:.1f} to {cost.hours_high:.1f})"
+        offer = f"{cost.offer.gpu}, {report.offered(cost)}"
+        memory = format_gib(made.memory.device_bytes)
+        command = f"`vramplan llama-2-7b --method {method}`"
+        lines.append(f"| {name} | {memory} | {offer} | {hours} | {cost.usd:.2f} | {command} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Any] = {
+    "example": lambda: shown(EXAMPLE),
+    "methods": methods,
+    "accuracy": accuracy,
+    "help": lambda: shown(HELP),
+}
 
 
 def block(name: str) -> str:
@@ -93,7 +120,8 @@ def test_the_profile_example_runs(tmp_path: Path, newest_stack: None, capsys: py
 
 
 def write() -> None:
-    """Writes the blocks anew."""
+    """Writes the blocks anew, from the bundled prices alone."""
+    os.environ["VRAMPLAN_DATA_DIR"] = os.devnull
     text = README.read_text("utf-8")
     for name, content in BLOCKS.items():
         new = f"<!-- {name} -->\n{content()}\n<!-- /{name} -->"

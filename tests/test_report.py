@@ -179,7 +179,7 @@ def test_gpus_are_few_and_the_nearest(tiny: Plan, capsys: pytest.CaptureFixture[
         ["fits", "48", "24.33", "GiB"],
     ]
     assert "rtx-4090" in "".join(lines)
-    assert "* without bf16, which this plan uses" in lines[-1]
+    assert "* without bf16, planned in fp16 where named (--gpu)" in lines[-1]
     assert "none of the known cards" in listed(10**15)[-1]
     assert not any("too small" in line for line in listed(0))
 

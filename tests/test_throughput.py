@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +14,13 @@ from hypothesis import strategies as st
 from small_models import FLAT, GROUPED, SMALL, small
 
 from vramplan.planner import catalog, memory, report, throughput, traffic
+from vramplan.planner.architecture import parse
 from vramplan.planner.calibration import Calibration
+from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError
-from vramplan.planner.plan import plan
+from vramplan.planner.plan import _count, plan
+from vramplan.planner.sources import resolve_model
+from vramplan.planner.training import parse_options, settle
 
 H200 = catalog.gpu("h200")
 # A llama of 2 layers: H 256, inner 448, N 4, K 2, D 64, V 320.
@@ -237,3 +245,40 @@ def test_a_small_model_on_a_fast_gpu_waits_for_the_host() -> None:
     assert waiting > 0.5 * few.step_s
     assert few.step_s == pytest.approx(few.host_s, rel=0.05)
     assert many.step_s > 2 * many.host_s
+
+
+# --- what others published -------------------------------------------------------------------------------------------
+#
+# Other frameworks, and most rows are of many GPUs, whose communication is mostly hidden: so the trend is what counts.
+
+PUBLISHED = [
+    json.loads(line) for line in (Path(throughput.__file__).parent.parent / "tables" / "throughput.jsonl").open()
+]
+
+
+def tokens_per_s(row: dict[str, Any]) -> float:
+    """What is planned for one GPU of a published run; memory is not asked about."""
+    card = catalog.gpu(row["gpu"])
+    architecture = parse(resolve_model(row["model"]).config)
+    options, _ = settle(parse_options(row["options"]), architecture, card)
+    run = memory.run_of(architecture, options, device(card), _count(architecture, options))
+    found = throughput.time_of(throughput.work(run), card)
+    assert found is not None
+    return found.tokens_per_s
+
+
+def test_published_runs_of_other_frameworks() -> None:
+    """The errors that docs/engine.md states, and who is faster than whom among the runs of one framework and GPU."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in PUBLISHED:
+        pair = (tokens_per_s(row), row["tokens_per_s_per_gpu"])
+        groups.setdefault((row["framework"], row["gpu"]), []).append(pair)
+    errors = sorted(abs(planned / seen - 1) for pairs in groups.values() for planned, seen in pairs)
+    assert len(errors) == 135
+    assert statistics.median(errors) < 0.095
+    assert errors[int(0.9 * len(errors))] < 0.36
+    for pairs in groups.values():
+        if len(pairs) > 10:
+            two = [(one, other) for one, other in itertools.combinations(pairs, 2) if one[1] != other[1]]
+            right = sum((one[0] < other[0]) == (one[1] < other[1]) for one, other in two)
+            assert right / len(two) > 0.95
