@@ -375,7 +375,9 @@ def table(
         if given:
             raise UsageError(f"--check makes each table by its own caption; leave {given[0].strip('-')} out (--check)")
         return _check_tables(check)
-    form = report_table.check_format(form or ("json" if as_json else "terminal")) if into is None or form else None
+    form = "json" if as_json else form
+    if form is not None:
+        report_table.check_format(form)
     question = _table_question(models, config, options)
     if into is not None:
         return _table_into(into, between, form, question)

@@ -61,11 +61,10 @@ def render(table: Table, form: str) -> str:
     return {"markdown": markdown, "csv": comma_separated, "html": hypertext, "latex": latex}[form](table)
 
 
-def check_format(form: str) -> str:
-    """The same format; raises UsageError where it is none."""
+def check_format(form: str) -> None:
+    """Raises UsageError where a table has no such format."""
     if form not in FORMATS:
         raise unknown("format", form, FORMATS, "--format")
-    return form
 
 
 # --------------------------------------------------------------------------------------------------------- the layout
@@ -140,7 +139,7 @@ def _text(unit: str, value: Any) -> str:
     if unit == "B":
         return format_gib(value).removesuffix(" GiB")
     if unit == "s":
-        return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+        return f"{value:.3f}"
     if unit == "h":
         return hours(value)
     forms = {"MiB": lambda: f"{value / MIB:,.2f}", "%": lambda: f"{value:.4f}", "/s": lambda: f"{value:,.0f}"}
