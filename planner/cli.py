@@ -369,11 +369,9 @@ def table(
     from vramplan.planner import report_table
 
     if check is not None:
-        given = [
-            name for name, value in {"MODEL": models, "--into": into, **options}.items() if value not in (None, ())
-        ]
-        if given:
-            raise UsageError(f"--check makes each table by its own caption; leave {given[0].strip('-')} out (--check)")
+        others = {"MODEL": models, "into": into, "between": between, "format": form, "config": config, **options}
+        if given := [name for name, value in others.items() if value not in (None, ())]:
+            raise UsageError(f"--check makes each table by its own caption; leave {given[0]} out (--check)")
         return _check_tables(check)
     form = "json" if as_json else form
     if form is not None:
@@ -438,13 +436,14 @@ def _check_tables(file: str) -> int:
     answers = []
     for found in pasted.tables(pasted.read(file, "--check"), file):
         where = f"{file}, line {found.line}"
-        params = table.make_context("table", list(found.words)).params
-        question = _table_question(
-            params.pop("models"),
-            params.pop("config"),
-            {name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")},
-        )
-        made = make(**question, each=report_table.planning)
+        try:
+            params = table.make_context("table", list(found.words), help_option_names=[]).params
+            asked = {name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")}
+            made = make(**_table_question(params["models"], None, asked), each=report_table.planning)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        except click.ClickException as error:
+            raise UsageError(f"{where}: {error.format_message()} (--check)") from None
         if made.missing:
             return 130
         sheet = report_table.layout(made)

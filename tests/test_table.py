@@ -546,8 +546,9 @@ def test_check_runs_no_more_than_a_table(run: Any, tmp_path: Path) -> None:
     [
         ("no table", "no table in 'x.md' says"),
         ("`vramplan table 'tiny.json`\n\n| a |\n|---|\n| b |\n", "is no command line"),
-        ("`vramplan table --wat`\n\n| a |\n|---|\n| b |\n", "No such option"),
-        ("`vramplan table nobody/`\n\n| a |\n|---|\n| b |\n", "unknown model"),
+        ("`vramplan table --wat`\n\n| a |\n|---|\n| b |\n", "x.md, line 3: No such option"),
+        ("`vramplan table tiny.json --help`\n\n| a |\n|---|\n| b |\n", "No such option"),
+        ("`vramplan table nobody/`\n\n| a |\n|---|\n| b |\n", "x.md, line 3: unknown model"),
     ],
 )
 def test_a_document_that_cannot_be_checked(text: str, words: str, wrong: Any, tmp_path: Path) -> None:
