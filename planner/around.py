@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from vramplan.planner import blocks, ops, paper
+from vramplan.planner import blocks, cache, ops, paper
 from vramplan.planner.paper import Node, Tensor
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tu
         if module.kind == "embedding":
             weight, adapter = held.others[module.name]["weight"], held.factors.get(module.name)
             tokens = module.role == "token_embedding"
-            looked_up = embedding(tape, weight, (b, t), tokens)
+            each_row = tokens or s.mode == "generation"
+            each_row |= s.mode == "evaluation" and architecture.model_type == "opt"  # whose positions are the mask's
+            looked_up = embedding(tape, weight, (b, t), each_row)
             if tokens and inside:
                 looked_up = ops.scale(tape, looked_up, "embeddings, scaled")
             # the hook of k-bit preparation comes before the adapter, the Trainer's after it
@@ -158,7 +160,7 @@ def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> 
             if mask.dtype == "bool":
                 mask = tape.new(mask.shape, dtype, "mask, added to scores")
             below = tape.new(mask.shape, "bool", "mask below -1")
-            shared.masks[kind] = tape.new((s.batch, a.num_heads, s.seq, s.seq), dtype, "mask with alibi")
+            shared.masks[kind] = tape.new((s.batch, a.num_heads, s.seq, s.past + s.seq), dtype, "mask with alibi")
             del below, mask
         elif mask is not None and family == "mpt":
             shared.masks[kind] = tape.new(mask.shape, "bool", "mask")
@@ -187,7 +189,7 @@ def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> 
 def _positions(tape: Tape, architecture: Architecture, s: Settings) -> Tensor | None:
     """position_ids [1, T], counted up and then shifted by what is cached; opt's come from the mask, for each row."""
     family = architecture.model_type
-    if family in WITHOUT_POSITIONS:
+    if family in WITHOUT_POSITIONS or s.mode == "generation":  # generate() hands its own over
         return None
     tape.scope = ""
     shape = (s.batch if family == "opt" else 1, s.seq)
@@ -222,7 +224,7 @@ def _alibi(tape: Tape, a: Attention, s: Settings, family: str, dtype: str) -> Te
     if family == "mpt":
         return tape.new((1, a.num_heads, 1, a.positions), "fp32", "alibi")
     dtype = "fp32" if family == "bloom" and s.autocast else dtype
-    return tape.new((s.batch, a.num_heads, 1, s.seq), dtype, "alibi")
+    return tape.new((s.batch, a.num_heads, 1, s.past + s.seq), dtype, "alibi")
 
 
 def causal_mask(tape: Tape, s: Settings, window: int | None, dtype: str, always: bool) -> Tensor | None:
@@ -231,20 +233,21 @@ def causal_mask(tape: Tape, s: Settings, window: int | None, dtype: str, always:
     if s.kernel == "flash_attention_2":
         return None
     eager = s.kernel == "eager"
-    if not (eager or s.masked or always or (window is not None and t >= window)):  # _ignore_causal_mask_sdpa
+    keys = cache.mask_length(s.past, t, window)
+    if not (eager or s.masked or always or (window is not None and keys >= window)):  # _ignore_causal_mask_sdpa
         return None
-    square = (1, 1, t, t)
+    square = (1, 1, t, keys)
     if window is None:
         mask = _and(tape, None, square)
     else:  # sliding_window_causal_mask_function, within the outer and_masks
         mask = _and(tape, None, square)
         mask = _and(tape, mask, square)
         mask = tape.new(square, "bool", "mask")
-    padded = tape.new((b, 1, t, t), "bool", "mask")
+    padded = tape.new((b, 1, t, keys), "bool", "mask")
     mask = padded
     del padded
     if eager:
-        mask = tape.new((b, 1, t, t), dtype, "mask, added to scores")
+        mask = tape.new((b, 1, t, keys), dtype, "mask, added to scores")
     return mask
 
 
@@ -258,21 +261,22 @@ def _and(tape: Tape, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 
 def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin for every position: angles, doubled, in float32, then cast to the embeddings' dtype."""
+    rows = s.batch if s.mode == "generation" else 1  # position_ids come for each row
     dim = a.rotary_dim // 2 if a.rope == "gpt_oss" else a.rotary_dim
     if a.rope in ("olmo", "ernie4_5"):
         dtype = "fp32"
     if a.rope == "deepseek_v2":  # torch.polar: complex numbers of 8 bytes, scaled
-        angles = tape.new((1, s.seq, dim // 2), "fp32", "rotary angles")
-        ones = tape.new((1, s.seq, dim // 2), "fp32", "ones")
-        turns = tape.new((1, s.seq, dim), "fp32", "rotary table, complex")
+        angles = tape.new((rows, s.seq, dim // 2), "fp32", "rotary angles")
+        ones = tape.new((rows, s.seq, dim // 2), "fp32", "ones")
+        turns = tape.new((rows, s.seq, dim), "fp32", "rotary table, complex")
         del ones
         turns = ops.scale(tape, turns, "rotary table, complex")
         del angles
         return turns, turns
-    angles = tape.new((1, s.seq, dim // 2), "fp32", "rotary angles")
-    doubled = tape.new((1, s.seq, dim), "fp32", "rotary angles, doubled")
-    cos = ops.scale(tape, tape.new((1, s.seq, dim), "fp32", "cosines"), "cosines, scaled")
-    sin = ops.scale(tape, tape.new((1, s.seq, dim), "fp32", "sines"), "sines, scaled")
+    angles = tape.new((rows, s.seq, dim // 2), "fp32", "rotary angles")
+    doubled = tape.new((rows, s.seq, dim), "fp32", "rotary angles, doubled")
+    cos = ops.scale(tape, tape.new((rows, s.seq, dim), "fp32", "cosines"), "cosines, scaled")
+    sin = ops.scale(tape, tape.new((rows, s.seq, dim), "fp32", "sines"), "sines, scaled")
     tables = ops.to(tape, cos, dtype, "rotary table"), ops.to(tape, sin, dtype, "rotary table")
     del angles, doubled, cos, sin
     return tables
@@ -300,11 +304,14 @@ def of_logits(label: str) -> bool:
     return label.startswith(("logits", "loss")) or label in (LABELS, LOG_PROBABILITIES, *LOSS_GRADIENTS)
 
 
-def causal_lm_loss(tape: Tape, logits: Tensor, rows: int, vocab: int) -> Tensor:
+def causal_lm_loss(tape: Tape, logits: Tensor, batch: int, rows: int, vocab: int) -> Tensor:
     """transformers' ForCausalLMLoss: a float32 copy of the logits, log-softmax, negative log-likelihood."""
     tape.scope = "loss"
     wide = ops.to(tape, logits, "fp32", "logits, float32")
     labels = tape.new((rows + 1,), "int64", LABELS)
+    copied = None
+    if batch > 1 and not tape.grad:  # `labels[..., 1:].contiguous()`; a training step is highest where it has gone
+        copied = tape.new((rows,), "int64", LABELS)
     shape = (rows, vocab)
 
     def softmax_backward(_: ops.Grads, __: ops.Grads) -> ops.Grads:
@@ -319,7 +326,7 @@ def causal_lm_loss(tape: Tape, logits: Tensor, rows: int, vocab: int) -> Tensor:
     weight = tape.new((), "fp32", "loss, weight of the tokens")
     node = tape.node((log_probs,), loss_backward, (log_probs, labels, weight))
     loss = ops.done(tape.new((), "fp32", "loss"), node)  # by the number of tokens: fixed_cross_entropy
-    del labels, summed, weight
+    del labels, copied, summed, weight
     return loss
 
 
@@ -334,7 +341,57 @@ def head_and_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: 
     """What a model for causal language modelling does with its last hidden states."""
     logits = head(tape, architecture, hidden, held, s)
     vocab = architecture.vocab_size
-    return Outputs(logits, causal_lm_loss(tape, logits, logits.numel // vocab, vocab))
+    return Outputs(logits, causal_lm_loss(tape, logits, s.batch, logits.numel // vocab, vocab))
+
+
+def evaluated(tape: Tape, outputs: list[Outputs]) -> Tensor:
+    """What becomes of the outputs in an evaluation: they stay until prediction_step returns, with the mean of the loss.
+
+    transformers/trainer.py, prediction_step.
+    """
+    mean = predicted(tape, outputs)
+    outputs.clear()
+    return mean
+
+
+def predicted(tape: Tape, outputs: list[Outputs]) -> Tensor:
+    """The same where compute_metrics wants the logits: `outputs` still holds them."""
+    logits, loss = outputs.pop()
+    if tape.autocast is not None:
+        tape.scope = "outputs"
+        logits = ops.to(tape, logits, "fp32", KEPT_LOGITS)
+    outputs.append(Outputs(logits, loss))
+    return tape.new((), "fp32", "loss, mean")
+
+
+def without_loss(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Outputs:
+    """The logits of every position, where the loss has been made without them."""
+    return Outputs(head(tape, architecture, hidden, held, s), tape.new((), "fp32", "loss"))
+
+
+def last_logits(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Outputs:
+    """The head on each row's last position alone: generate() asks for `logits_to_keep=1`."""
+    logits = head(tape, architecture, ops.part(tape, hidden, (s.batch, 1, hidden.shape[-1])), held, s)
+    return Outputs(logits, logits)
+
+
+def next_tokens(tape: Tape, outputs: list[Outputs]) -> Tensor:
+    """GenerationMixin._sample after the forward: float32 logits, which stay until the next step's, and the tokens.
+
+    A model that accelerate has wrapped makes the outputs float32 first.
+    """
+    logits = outputs.pop().logits
+    tape.scope = "outputs"
+    if tape.autocast is not None:
+        logits = ops.to(tape, logits, "fp32", KEPT_LOGITS)
+    scores = tape.new((logits.shape[0], logits.shape[-1]), "fp32", NEXT_LOGITS)
+    tokens = tape.new((logits.shape[0],), "int64", "next tokens")
+    del logits
+    outputs.append(Outputs(scores, scores))
+    return tokens
+
+
+KEPT_LOGITS, NEXT_LOGITS = "logits, float32 copy of the outputs", "logits of the next token, float32"
 
 
 def loss(tape: Tape, outputs: list[Outputs]) -> Tensor:
@@ -345,7 +402,7 @@ def loss(tape: Tape, outputs: list[Outputs]) -> Tensor:
     logits, loss = outputs.pop()
     if tape.autocast is not None:
         tape.scope = "outputs"
-        wide = ops.to(tape, logits.detach(), "fp32", "logits, float32 copy of the outputs")
+        wide = ops.to(tape, logits.detach(), "fp32", KEPT_LOGITS)
         del logits
         del wide
     return loss

@@ -34,13 +34,13 @@ _CRAMPED = frozenset({(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)})
 
 def choose(
     capability: tuple[int, int] | None, q: Tensor, k: Tensor, v: Tensor, *, masked: bool, grouped: bool,
-    first: Kernel = "cudnn", dropout: float = 0.0, torch: tuple[int, int] = (2, 11),
+    first: Kernel = "cudnn", dropout: float = 0.0, torch: tuple[int, int] = (2, 11), grad: bool = True,
 ) -> Kernel:  # fmt: skip
     """The kernel that a GPU's compute capability runs for q [B, N, T, D] and k, v [B, K, T, D] of one dtype.
 
     `first` is the first that is tried: those before it in PyTorch's order are off there. `grouped` is enable_gqa:
     without it, k and v with fewer heads than q are broadcast, which only "math" does. `capability` None is an AMD
-    card: there is no cuDNN.
+    card: there is no cuDNN. `grad`: a backward is to follow.
     """
     d, value_d = q.shape[-1], v.shape[-1]
     half = q.dtype in ("bf16", "fp16")
@@ -49,11 +49,11 @@ def choose(
         return "math"
     tried = _ORDER[_ORDER.index(first) :]
     rounded = torch >= SIXTEENTHS and dropout * 16 != int(dropout * 16)
-    if "cudnn" in tried and half and not rounded and _cudnn_takes(capability, d, value_d, torch):
+    if "cudnn" in tried and half and not rounded and _cudnn_takes(capability, d, value_d, torch, grad):
         return "cudnn"
     capability = capability or (8, 0)
     # flash's backward of large heads does not fit into the shared memory of some cards
-    fits = capability not in _CRAMPED or d <= 192 or (d > 224 and not dropout)
+    fits = not grad or capability not in _CRAMPED or d <= 192 or (d > 224 and not dropout)
     if "flash" in tried and half and capability >= (8, 0) and not masked and d == value_d <= 256 and fits:
         return "flash"
     aligned = _alignment(capability, half)
@@ -64,14 +64,14 @@ def choose(
     return "math"
 
 
-def _cudnn_takes(capability: tuple[int, int] | None, d: int, value_d: int, torch: tuple[int, int]) -> bool:
+def _cudnn_takes(capability: tuple[int, int] | None, d: int, value_d: int, torch: tuple[int, int], grad: bool) -> bool:
     """check_prefer_cudnn_attention and check_cudnn_tensor_shapes."""
     if capability is None or capability[0] not in (9, 10) or capability[1] not in (0, 3) or d % 8 or value_d % 8:
         return False
     if max(d, value_d) <= 128 or (d, value_d) == (192, 128):
         return True
     if torch >= WHOLE_256:
-        return (d, value_d) == (256, 256)
+        return (d, value_d) == (256, 256) if grad else max(d, value_d) <= 256
     return capability == (9, 0) and max(d, value_d) <= 256
 
 
@@ -87,12 +87,14 @@ def planned(a: Attention, s: Settings, *, masked: bool, grouped: bool = True) ->
     if s.kernel in ("eager", "flash_attention_2"):
         return s.kernel
     dtype = s.autocast or s.weights_dtype
+    grad = s.mode == "training"
     every = (masked and grouped) or a.interleaved or a.mla is not None  # each head has a key and a value of its own
     kv = a.num_heads if every else a.num_key_value_heads
     shapes = ((a.num_heads, a.head_dim), (kv, a.head_dim), (kv, a.value_head_dim))
     q, k, v = (Tensor(None, (s.batch, n, s.seq, d), dtype) for n, d in shapes)
     return choose(
-        s.capability, q, k, v, masked=masked, grouped=grouped, first=s.kernel, dropout=a.dropout, torch=s.torch
+        s.capability, q, k, v, masked=masked, grouped=grouped, first=s.kernel, dropout=a.dropout if grad else 0.0,
+        torch=s.torch, grad=grad,
     )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def attend(
     if mask is not None:  # use_gqa_in_sdpa: with a mask the heads are repeated instead of enable_gqa
         k = ops.repeat_kv(tape, k, groups)
         v = ops.repeat_kv(tape, v, groups)
-    out = scaled_dot_product_attention(tape, q, k, v, s, mask, dropout=a.dropout)
+    out = scaled_dot_product_attention(tape, q, k, v, s, mask, dropout=a.dropout if tape.grad else 0.0)
     return ops.merge_heads(tape, out, "attention output, heads merged"), None
 
 
@@ -139,7 +141,8 @@ def _chosen(
     if mask is not None:  # convert_boolean_attn_mask
         bias = tape.new(mask.shape, q.dtype, "mask as a bias") if mask.dtype == "bool" else mask
     kernel = choose(
-        s.capability, q, k, v, masked=mask is not None, grouped=grouped, first=s.kernel, dropout=dropout, torch=s.torch
+        s.capability, q, k, v, masked=mask is not None, grouped=grouped, first=s.kernel, dropout=dropout, torch=s.torch,
+        grad=tape.grad,
     )  # fmt: skip
     if kernel == "cudnn":
         return cudnn(tape, q, k, v, bias)
@@ -228,8 +231,9 @@ def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = tape.new((b, n, t, d), dtype, "attention output", merged)
     sums = tape.new((b, n, t), "fp32", "log-sum-exp")
     splits = flash_splits(
-        b * n * -(-t // 64), -(-t // (256 if d <= 64 else 128 if d <= 128 else 64)), tape.multiprocessors.number
-    )
+        b * n * -(-t // 64), -(-k.shape[2] // (256 if d <= 64 else 128 if d <= 128 else 64)),
+        tape.multiprocessors.number,
+    )  # fmt: skip
     sums_by_split = out_by_split = None
     if splits > 1:
         sums_by_split = tape.new((splits, b, n, t), "fp32", "log-sum-exp by split")
@@ -335,8 +339,9 @@ def efficient(
         del every
         return grads
 
-    if bias is not None and t % 8:  # pad_bias
-        bias = tape.new((*bias.shape[:-1], 8 * -(-t // 8)), dtype, "bias, padded")
+    keys = k.shape[2]
+    if bias is not None and keys % 8:  # pad_bias
+        bias = tape.new((*bias.shape[:-1], 8 * -(-keys // 8)), dtype, "bias, padded")
     out = tape.new(out_shape, dtype, "attention output", True)
     sums = tape.new((b, n, 32 * -(-t // 32)), "fp32", "log-sum-exp") if _any_needs_grad(tape, q, k, v) else None
     if size > 128 and dtype != "fp32":
@@ -391,7 +396,8 @@ def eager(
     keys = ops.repeat_kv(tape, k, groups)
     values = ops.repeat_kv(tape, v, groups)
     b, n, t, _ = q.shape
-    weights = ops.scale(tape, ops.matmul(tape, q, keys, (b, n, t, t), "scores"), "scores, scaled")
+    of = keys.shape[2]
+    weights = ops.scale(tape, ops.matmul(tape, q, keys, (b, n, t, of), "scores"), "scores, scaled")
     if a.logit_softcapping is not None:
         weights = ops.scale(tape, weights, "scores, divided by the cap")
         weights = ops.unary(tape, weights, "tanh", saves="result")
@@ -399,7 +405,7 @@ def eager(
     if mask is not None:
         weights = ops.add(tape, weights, mask, "scores, masked")
     if a.sinks:  # gpt_oss: one more column, less the greatest of each row, softmax, the column dropped again
-        combined = ops.cat(tape, (weights,), (b, n, t, t + 1), "scores and sinks")
+        combined = ops.cat(tape, (weights,), (b, n, t, of + 1), "scores and sinks")
         combined = ops.sub(tape, combined, greatest(tape, combined), "scores, less the greatest")
         probabilities = ops.softmax(tape, combined)
         weights = ops.part(tape, probabilities, weights.shape)
@@ -437,7 +443,8 @@ def math(
     v_acc = ops.to(tape, v, "fp32", "v, float32")
     scaled = ops.scale(tape, q_acc, "q, scaled")
     b, n, t, _ = q.shape
-    if bias is None:
+    of = k.shape[2]
+    if bias is None and t == of:  # is_causal, which a single new token needs not
         ones = tape.new((t, t), "bool", "causal mask")
         lower = tape.new((t, t), "bool", "causal mask")
         del ones
@@ -449,7 +456,7 @@ def math(
         keys = ops.repeat_kv(tape, k_acc, groups, interleave=True)
         values = ops.repeat_kv(tape, v_acc, groups, interleave=True)
     scaled_keys = ops.scale(tape, keys, "k, scaled")
-    scores = ops.matmul(tape, scaled, scaled_keys, (b, n, t, t), "scores")
+    scores = ops.matmul(tape, scaled, scaled_keys, (b, n, t, of), "scores")
     del scaled_keys
     probabilities = ops.dropout(tape, safe_softmax(tape, scores), dropout)
     del scores

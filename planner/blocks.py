@@ -8,19 +8,19 @@ tensor and for how long, because that decides what is alive at a peak.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vramplan.planner import activations, few_tokens, latent, moe, older_attention, ops
 from vramplan.planner import attention as kernels
 from vramplan.planner.layers import Mlp
-from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tensor
+from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tape, Tensor
 from vramplan.planner.rotary import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vramplan.planner.cache import Cache
     from vramplan.planner.layers import Attention, Layer, Module, Moe
-    from vramplan.planner.paper import Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,18 @@ class Settings:
     multiprocessors: Multiprocessors = H200
     torch: tuple[int, int] = (2, 11)  # the version whose rules are played
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
+    mode: Literal["training", "evaluation", "generation"] = "training"
+    past: int = 0  # tokens of each row that the cache holds: seq is what comes to them
 
     @property
     def frozen_dtype(self) -> str:
         """The dtype of base weights that are not quantised."""
         return "fp32" if self.method == "qlora" and self.prepare_kbit else self.weights_dtype
+
+    @property
+    def tape(self) -> Tape:
+        """An empty tape in the modes that a forward begins in."""
+        return Tape(self.autocast, self.multiprocessors, grad=self.mode == "training")
 
 
 @dataclass(slots=True)
@@ -447,6 +454,8 @@ class Shared:
     positions: Tensor | None = None
     tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    cache: Cache | None = None  # of the one layer that reads this, while it generates
+    returned: list[Tensor] = field(default_factory=list)  # what that layer returns beside its output
 
     def of(self, kind: str, made: Callable[[Tensor, str], Tensor]) -> Shared:
         """What a layer of one type reads, each tensor as `made` gives it."""
@@ -495,6 +504,8 @@ def self_attention(
     parts: list[Tensor] = []
     if a.rotary_dim:
         q, k, parts = rotate(tape, q, k, *shared.tables[kind], a, layer.family)
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
     mask = shared.masks.get(kind)
     out, weights = kernels.attend(tape, q, k, v, a, s, mask, family=layer.family)
     tape.scope = a.o
@@ -634,7 +645,10 @@ def mlp(tape: Tape, x: Tensor, m: Mlp, held: Held, s: Settings, residual: Tensor
 
 
 def decoder_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
-    """One decoder layer; `x` is [B, T, H], held by the caller."""
+    """One decoder layer; `x` is [B, T, H], held by the caller.
+
+    Where the family's class returns the attention weights too, evaluation and generation hold them beyond the layer.
+    """
     if layer.family in _LAYERS:
         return _LAYERS[layer.family](tape, x, layer, held, s, shared)
     if layer.parallel:
@@ -669,6 +683,8 @@ def _parallel_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings
     given = [_norm(tape, x, layer.attention_norm, held)]
     second = given[0] if layer.mlp_norm == layer.attention_norm else None
     attended, _weights = self_attention(tape, given.pop(), layer, held, s, shared)
+    if layer.family == "gptj":
+        _return(tape, _weights, shared)
     if layer.family not in _DROPS_INSIDE:
         attended = ops.dropout(tape, attended, layer.attention.output_dropout)
     fed = _feed_forward(tape, second if second is not None else _norm(tape, x, layer.mlp_norm, held), layer, held, s)
@@ -685,6 +701,7 @@ def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, 
     if layer.parallel and layer.mlp_norm != layer.attention_norm:
         second = _norm(tape, x, layer.mlp_norm, held)
     attended, _weights = self_attention(tape, first, layer, held, s, shared)
+    _return(tape, _weights, shared)
     if not layer.parallel:
         residual = ops.add(tape, residual, ops.dropout(tape, attended, layer.attention.output_dropout), "residual")
         second = _norm(tape, residual, layer.mlp_norm, held)
@@ -694,10 +711,17 @@ def _falcon_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, 
     return ops.add(tape, residual, fed, "residual")
 
 
+def _return(tape: Tape, weights: Tensor | None, shared: Shared) -> None:
+    """The block's tuple of outputs stays until the next block has returned (a training step saves them anyway)."""
+    if weights is not None and not tape.grad:
+        shared.returned.append(weights)
+
+
 def _bloom_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> Tensor:
     """BloomBlock: the attention adds the residual itself."""
     normed = _norm(tape, x, layer.attention_norm, held)
     hidden, _weights = older_attention.bloom(tape, normed, x, layer, held, s, shared)
+    _return(tape, _weights, shared)
     normed = _norm(tape, hidden, layer.mlp_norm, held)
     assert isinstance(layer.mlp, Mlp)
     return mlp(tape, normed, layer.mlp, held, s, residual=hidden)
@@ -707,6 +731,7 @@ def _mpt_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, sha
     """MptBlock: the attention's output and the norms' stay in locals until the block returns."""
     normed = _norm(tape, x, layer.attention_norm, held)
     attended, _weights = self_attention(tape, normed, layer, held, s, shared)
+    _return(tape, _weights, shared)
     hidden = ops.add(tape, attended, x, "residual")
     normed = _norm(tape, hidden, layer.mlp_norm, held)
     assert isinstance(layer.mlp, Mlp)

@@ -14,7 +14,7 @@ from vramplan import __version__
 from vramplan.planner import catalog
 from vramplan.planner.architecture import parse
 from vramplan.planner.errors import UsageError, shown, unknown
-from vramplan.planner.fit import largest
+from vramplan.planner.fit import largest, largest_with
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import for_method, parse_options, settle
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
 METHODS = ("full", "lora", "qlora")  # the most demanding first
 OVER = ("batch_size", "seq_len", "rank", "method")
+MOST_TOKENS = 2**20  # of a sequence, where the model has no limit of its own
 # Sizes that are tried; of sequences up to the model's positions.
 _SIZES: dict[str, Sequence[int]] = {
     "batch_size": range(1, 2**16 + 1),
-    "seq_len": range(128, 2**20 + 1, 128),
+    "seq_len": range(128, MOST_TOKENS + 1, 128),
     "rank": [2**i for i in range(20)],
 }
+_COARSE = 32
 _FEWEST_TOKENS = 512  # of the frontier's sequences
 
 
@@ -56,8 +58,8 @@ class Limit:
     """How far one option may grow over `sizes`, the others as asked.
 
     `largest` fits with its whole cache; `only_just` is the largest of those beyond it that survive by giving cache
-    back, and `fails` the first that runs out of memory or cannot be. None is what was not met: no size fits, none
-    survives so, or all do.
+    back, within a few percent, and `fails` the next that runs out of memory or cannot be. None is what was not met: no
+    size fits, none survives so, or all do.
     """
 
     over: str
@@ -244,14 +246,15 @@ def _limit(bench: Bench, asked: Asked, over: str) -> Limit:
     def tried(place: int | None) -> Size | None:
         return None if place is None else Size(sizes[place - 1], bench.trial(sized(place)))
 
-    with_cache = largest(lambda place: bench.roomy(sized(place)), 1, len(sizes), possible)
+    with_cache = largest_with(lambda place: bench.spare_bytes(sized(place)), possible, len(sizes))
     best, beyond = tried(with_cache.survives), with_cache.fails or 0
     if not beyond or not bench.survives(sized(beyond)):
         return Limit(over, sizes, best, None, tried(with_cache.fails))
-    # from there on: those that survive only just are few
-    more = largest(lambda n: bench.survives(sized(beyond - 1 + n)), 1, len(sizes) - beyond + 1)
-    last = beyond - 1 + (more.survives or 0)
-    return Limit(over, sizes, best, tried(last), tried(last + 1) if more.fails else None)
+    # from there on in steps of a few percent: how far runs survive by giving cache back is no size to train at
+    later = sizes[beyond - 1 :: max(1, beyond // _COARSE)]
+    more = largest(lambda n: bench.survives(asked | {over: later[n - 1]}), 1, len(later))
+    ends = [Size(later[n - 1], bench.trial(asked | {over: later[n - 1]})) if n else None for n in more]
+    return Limit(over, sizes, best, *ends)
 
 
 def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
@@ -264,7 +267,9 @@ def _cell(bench: Bench, asked: Asked) -> Cell:
     def sized(size: int) -> Asked:
         return asked | {"batch_size": size}
 
-    found = largest(lambda size: bench.roomy(sized(size)), 1, len(sizes), lambda size: bench.possible(sized(size)))
+    found = largest_with(
+        lambda size: bench.spare_bytes(sized(size)), lambda size: bench.possible(sized(size)), len(sizes)
+    )
     method, length = str(asked["method"]), int(str(asked["seq_len"]))
     if found.survives is None:
         return Cell(method, length, None, None, None)

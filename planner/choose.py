@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 METHODS = ("qlora", "lora", "full")
 _SHOWN = 12  # ways of a shortlist
+_ALIKE = 1.02  # hours that differ by less are told apart by no estimate
 
 
 class Tried(NamedTuple):
@@ -94,13 +95,17 @@ class Choice:
 
     @property
     def cheapest(self) -> Way | None:
-        """Of those within."""
-        return next(iter(self.within), None)
+        """Of those within, of such as fit with their whole cache where there are any."""
+        return next(iter(self._comfortable), None)
 
     @property
     def fastest(self) -> Way | None:
-        """Of those within; of equally fast ones the cheapest."""
-        return min(self.within, key=lambda way: (way.cost.hours, way.cost.usd), default=None)
+        """The same; of equally fast ones the cheapest."""
+        return min(self._comfortable, key=lambda way: (way.cost.hours, way.cost.usd), default=None)
+
+    @property
+    def _comfortable(self) -> tuple[Way, ...]:
+        return tuple(way for way in self.within if way.tried.trial.roomy) or self.within
 
     @property
     def closest(self) -> Way | None:
@@ -114,7 +119,7 @@ class Choice:
         Where none is within, the closest, the cheapest and the fastest of all.
         """
         if self.within:
-            return _shortlist(self.within)
+            return _shortlist(self.within, self.fastest)
         ends = [self.closest, *self.ways[:1], min(self.ways, key=lambda way: way.cost.hours, default=None)]
         return tuple(way for way in self.ways if any(way is end for end in ends))
 
@@ -133,9 +138,9 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """The choice as JSON: every way, and by their places among them the cheapest, the fastest and the closest."""
-        within = self.within
-        place = {way: i for i, way in enumerate(self.ways)}
-        closest = None if within or not self.ways else self.closest
+        place = {id(way): i for i, way in enumerate(self.ways)}
+        within = {id(way) for way in self.within}
+        closest = None if within else self.closest
         return {
             "model": {"name": self.model.name, "source": self.model.source, "detail": self.model.detail},
             "options": {name: value for name, value in self.options.as_dict().items() if name != "method"}
@@ -143,11 +148,11 @@ class Choice:
             "budget_usd": self.budget_usd,
             "deadline_s": self.deadline_s,
             "ways": [
-                way.to_dict() | {"within": way in within, "within_if_slow": self.certain(way)} for way in self.ways
+                way.to_dict() | {"within": id(way) in within, "within_if_slow": self.certain(way)} for way in self.ways
             ],
-            "cheapest": place.get(self.cheapest) if self.cheapest else None,
-            "fastest": place.get(self.fastest) if self.fastest else None,
-            "closest": place.get(closest) if closest else None,
+            "cheapest": place.get(id(self.cheapest)),
+            "fastest": place.get(id(self.fastest)),
+            "closest": place.get(id(closest)),
             "tried": [
                 {
                     "method": each.method,
@@ -164,8 +169,8 @@ class Choice:
 def unbeaten(ways: Iterable[Way]) -> tuple[Way, ...]:
     """Of ways, the cheapest first, those that no other of the same method beats in price and time at once.
 
-    A way beats only what is no firmer: on demand is firmer than spot, one session than several, and fitting with the
-    whole cache than only just.
+    Hours within 2 % are alike. A way beats only what is no firmer: on demand is firmer than spot, one session than
+    several, and fitting with the whole cache than only just.
     """
     best: list[Way] = []
     for way in ways:  # none is beaten by one that comes later and costs more
@@ -174,24 +179,24 @@ def unbeaten(ways: Iterable[Way]) -> tuple[Way, ...]:
     return tuple(best)
 
 
-def _shortlist(ways: Iterable[Way]) -> tuple[Way, ...]:
-    best = unbeaten(ways)
-    kept: set[int] = set()
-    for method in dict.fromkeys(way.tried.method for way in best):
-        own = [i for i, way in enumerate(best) if way.tried.method == method]
-        kept |= {own[0], min(own, key=lambda i: best[i].cost.hours)}
-    rest = [i for i in range(len(best)) if i not in kept]
-    return tuple(best[i] for i in sorted([*kept, *rest[: max(0, _SHOWN - len(kept))]]))
-
-
 def _beats(one: Way, other: Way) -> bool:
-    if one.tried.method != other.tried.method:
+    if one.tried.method != other.tried.method or one.cost.hours > _ALIKE * other.cost.hours:
         return False
     ours, theirs = (
-        (way.cost.usd, way.cost.hours, way.cost.offer.spot, way.cost.sessions > 1, not way.tried.trial.roomy)
-        for way in (one, other)
+        (way.cost.usd, way.cost.offer.spot, way.cost.sessions > 1, not way.tried.trial.roomy) for way in (one, other)
     )
     return all(mine <= yours for mine, yours in zip(ours, theirs, strict=True))
+
+
+def _shortlist(ways: Sequence[Way], fastest: Way | None) -> tuple[Way, ...]:
+    best = unbeaten(ways)
+    ends = [fastest]
+    for method in dict.fromkeys(way.tried.method for way in best):
+        own = [way for way in best if way.tried.method == method]
+        ends += [own[0], min(own, key=lambda way: way.cost.hours)]
+    kept = {id(way) for way in ends}
+    kept |= {id(way) for way in [way for way in best if id(way) not in kept][: max(0, _SHOWN - len(kept))]}
+    return tuple(way for way in ways if id(way) in kept)
 
 
 def choose(
@@ -230,7 +235,7 @@ def choose(
     for method in [run.method] if "method" in asked else METHODS:
         question = for_method(asked, method)
         for card in cards:
-            typed = command(named, question, card.name, stack, calibration)
+            typed = command(named, question, card.name, stack, calibration, prices)
             trials.append(partial(_try, architecture, card, versions, calibration, shared, question, typed))
     tried = tuple(each(trials))
     ways = [way for one in tried for way in _ways(one, found)]
@@ -266,7 +271,7 @@ def _try(
     asked: Mapping[str, object], typed: str,
 ) -> Tried:  # fmt: skip
     bench = Bench(architecture, card, versions, calibration, shared)
-    trial = bench.trial(asked)
+    trial = bench.trial(asked, closely=False)
     usable = trial.options is not None and trial.survives and trial.fit is not None and not trial.fit.lacks
     step_s = bench.span(trial.options) if usable and trial.options else None
     return Tried(str(asked["method"]), card, trial, step_s, typed)

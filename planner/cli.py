@@ -9,6 +9,7 @@ import gc
 import os
 import shlex
 import sys
+from functools import partial
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ import click
 
 from vramplan import __version__
 from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, nearest, reason, shown, unknown
-from vramplan.planner.training import OPTIONS
+from vramplan.planner.training import OPTIONS, PHASE_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from datetime import date
 
+    from vramplan.planner.plan import Plan
     from vramplan.planner.training import Option
 
 _LARGEST_PROFILE = 2**20  # bytes; a profile is a few lines
@@ -63,10 +66,20 @@ def cli() -> None:
     """
 
 
-def _training_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Adds every training option. Values stay as typed: training.parse_options judges them."""
+def _training_options(command: Callable[..., int], **defaults: str) -> Callable[..., int]:
+    """Adds every training option, with `defaults` of the command's own in its help.
+
+    Values stay as typed: training.parse_options judges them.
+    """
     for option in reversed(OPTIONS.values()):
-        command = _click_option(option)(command)
+        command = _click_option(option._replace(default=defaults.get(option.name, option.default)))(command)
+    return command
+
+
+def _step_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The same for what runs training steps alone."""
+    for option in reversed(OPTIONS.values()):
+        command = command if option.name in PHASE_OPTIONS else _click_option(option)(command)
     return command
 
 
@@ -78,6 +91,18 @@ def _click_option(option: Option) -> Callable[[Callable[..., int]], Callable[...
     few = 0 < len(option.choices) <= 6
     metavar = {"integer": "N", "number": "X", "names": "NAMES", "choice": "NAME"}[option.kind]
     return click.option(option.flag, option.name, metavar="|".join(option.choices) if few else metavar, help=help_text)
+
+
+def _views(command: Callable[..., int]) -> Callable[..., int]:
+    """Adds how a plan is shown."""
+    flags = {
+        "--timeline": "Draw the memory over the step.",
+        "--advice": "Show what would lower the peak, and by how much.",
+        "--explain": "Show each memory row's formula and source.",
+    }
+    for flag, text in flags.items():
+        command = click.option(flag, is_flag=True, help=text)(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")(command)
 
 
 _gpu = click.option("--gpu", metavar="NAME|SIZE", help="A GPU of `vramplan gpus`, or a size such as 24GiB.")
@@ -101,10 +126,7 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @_calibration
 @_prices
 @_config
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.option("--explain", is_flag=True, help="Show each memory row's formula and source.")
-@click.option("--advice", is_flag=True, help="Show what would lower the peak, and by how much.")
-@click.option("--timeline", is_flag=True, help="Draw the memory over the step.")
+@_views
 def plan(
     model: str | None, config: str | None, as_json: bool, explain: bool, advice: bool, timeline: bool, **options: object
 ) -> int:
@@ -125,13 +147,15 @@ def plan(
     except UnknownArchitecture as error:
         return _kept(asked, error, as_json)
     if as_json:
-        answer = made.to_dict()
-        if advice:
-            answer["advice"] = [{"change": each.change, "saves_bytes": each.saves_bytes} for each in made.advice()]
-        report.print_json(answer)
+        report.print_json(_as_dict(made, advice))
     else:
         report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
     return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+def _as_dict(made: Plan, advice: bool) -> dict[str, Any]:
+    changes = [{"change": each.change, "saves_bytes": each.saves_bytes} for each in made.advice()] if advice else []
+    return made.to_dict() | ({"advice": changes} if advice else {})
 
 
 def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> int:
@@ -178,6 +202,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
         return (search() for search in report.tracked(searches, len(searches), "searching"))
 
+    asked.pop("prices", None)  # of a profile that is for plans as well
     asked |= {} if over is None else {"over": over}
     found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
     if as_json:
@@ -194,7 +219,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
 @click.option("--gpu", metavar="NAMES", help="One GPU of `vramplan gpus`, or several separated by commas.")
 @click.option("--offers", metavar="WORDS", help="Only offers that these words find, as in `vramplan prices`.")
 @_prices
-@_training_options
+@partial(_training_options, method="all of them")
 @_stack
 @_calibration
 @_config
@@ -205,14 +230,14 @@ def choose(
 ) -> int:
     """Find the cheapest and the fastest way to train MODEL: the method, the GPU, and who lets it.
 
-    Every method (or the one named) is planned on every GPU that has an offer, and priced where it fits. The other
-    options stay as they are on every GPU. Within a budget and a deadline are ways whose middle estimate is.
+    Every method, or the one named, is planned on every GPU that has an offer, and priced where it fits; the other
+    options are the same on every GPU. What is within a budget and a deadline goes by the middle of the hours' range.
 
     \b
     Examples:
       vramplan choose llama-3.1-8b --budget 50usd --deadline 8h
-      vramplan choose qwen3-4b --method lora --gpu rtx-4090,a100-80gb --offers "on demand" --examples 20000
-      vramplan choose llama-3.2-1b --deadline 90min --prices my-prices.csv --json
+      vramplan choose qwen3-4b --method lora --gpu rtx-4090,l4 --examples 20000
+      vramplan choose gpt2 --seq-len 512 --deadline 90min --offers "on demand"
 
     Exit codes: 0 there is a way; 1 there is none within budget and deadline; 2 the question was wrong.
     """
@@ -237,6 +262,7 @@ def choose(
 @_gpu
 @_stack
 @_calibration
+@_prices
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: object) -> int:
@@ -248,7 +274,7 @@ def compare(plans: Sequence[str], config: str | None, as_json: bool, **options: 
     \b
     Examples:
       vramplan compare llama-3.1-8b qwen3-8b --method lora --gpu rtx-4090
-      vramplan compare "gpt2 --method full" "gpt2 --method lora --rank 8" --seq-len 512
+      vramplan compare "gpt2 --method full" "gpt2 --rank 8" --seq-len 512
     """
     shared = _asked(config, **options)
     if "model" in shared:
@@ -361,7 +387,7 @@ def table(
     \b
     Examples:
       vramplan table llama-3.2-3b llama-3.1-8b --method full,lora,qlora --columns memory,gpu,cost
-      vramplan table gpt2 --rank 8,16,32,64 --target-modules "c_attn,c_proj" attention --columns trainable
+      vramplan table llama-3.2-1b --rank 8,16,32 --target-modules "q_proj,v_proj" attention --columns trainable
       vramplan table gpt2 --method lora,qlora --seq-len 512,1024 --pivot method --format markdown
 
     Exit codes: 0 done; 1 a checked table is stale; 2 the question was wrong; 130 interrupted, what is done is shown.
@@ -407,6 +433,7 @@ def _table_question(models: Sequence[str], config: str | None, options: dict[str
 
 def _table_into(file: str, between: str | None, form: str | None, question: dict[str, Any]) -> int:
     """Writes a table into a document, which is left as it is where nothing but the day would change."""
+    from dataclasses import replace
     from pathlib import Path
 
     from vramplan.planner import pasted, report, report_table
@@ -415,13 +442,17 @@ def _table_into(file: str, between: str | None, form: str | None, question: dict
 
     if between is None:
         raise UsageError("--into needs the marker that the table stands between; add one, such as --between memory")
-    form = pasted.format_of(file, form)
+    kind = pasted.format_of(file, form)
     document = pasted.read(file, "--into")
-    pasted.between(document, between, form)  # before anything is planned
+    pasted.between(document, between, kind)  # before anything is planned
     made = make(**question, each=report_table.planning)
     if made.missing:
         return 130
-    renewed = pasted.renewed(document, between, form, made)
+
+    def render(day: date) -> str:
+        return report_table.render(replace(made, date=day), kind)
+
+    renewed = pasted.renewed(document, between, kind, made.date, render)
     if renewed != document:
         replace_bytes(Path(file), renewed)
     report.print_lines([f"{file}: the table is {'as it should be' if renewed == document else 'written'}"])
@@ -452,9 +483,106 @@ def _check_tables(file: str) -> int:
     return 1 if any(changes for _, changes in answers) else 0
 
 
+@cli.command(short_help="Plan the run of another framework's config.")
+@click.argument("files", metavar="FILE...", nargs=-1)
+@click.option("--from", "framework", metavar="NAME", help="axolotl, llamafactory, trl or transformers.")
+@click.option("--ignore", metavar="KEY", multiple=True, help="Plan as if this key were not there.")
+@click.option("--model", metavar="MODEL", help="The model, where FILE names none or another is meant.")
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@_prices
+@_views
+def check(
+    files: Sequence[str],
+    framework: str | None,
+    ignore: Sequence[str],
+    as_json: bool,
+    explain: bool,
+    advice: bool,
+    timeline: bool,
+    **options: object,
+) -> int:
+    """Plan the run that a config of another framework describes.
+
+    FILE is a YAML file of axolotl, LLaMA-Factory or trl sft, a training script, or TrainingArguments and an adapter's
+    adapter_config.json as JSON, or the folder that holds both. What was read from which key comes first; keys that
+    change memory and cannot be planned are named. Options on the command line go before the file. Nothing is run.
+
+    \b
+    Examples:
+      vramplan check qlora.yml --gpu rtx-4090
+      vramplan check trained --seq-len 1024 --explain
+      vramplan check train.py --json
+
+    Exit codes: 0 planned, and it fits where a GPU was named; 1 it does not fit the named GPU; 2 the question was wrong.
+    """
+    from vramplan.planner import configs, report, report_check
+    from vramplan.planner.plan import plan as make
+
+    machine = _asked(None, **{name: options.pop(name) for name in ("gpu", "stack", "calibration", "prices")})
+    reading = configs.read(files, framework=framework, ignore=ignore, **_asked(None, **options))
+    asked = {"model": reading.model, **machine, **reading.options}
+    try:
+        made = make(**asked)
+    except UnknownArchitecture as error:
+        return _kept(asked, error, as_json)
+    if as_json:
+        report.print_json(_as_dict(made, advice) | {"read": reading.to_dict()})
+    else:
+        report_check.print_check(reading, made, explain=explain, advice=advice, timeline=timeline)
+    return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+@cli.command(short_help="Write a plan as another framework's config, or as a script.")
+@click.argument("model")
+@click.option("--to", "target", required=True, metavar="NAME", help="trl, axolotl, llamafactory, accelerate or script.")
+@click.option("--dataset", metavar="NAME", help="The data set to name in it; a placeholder stands there without.")
+@click.option("-o", "--output", metavar="FILE", help="Write here.  [default: print it]")
+@click.option("--force", is_flag=True, help="Overwrite FILE where it exists.")
+@_training_options
+@_gpu
+@_stack
+@_config
+def export(
+    model: str,
+    target: str,
+    dataset: str | None,
+    output: str | None,
+    force: bool,
+    config: str | None,
+    **options: object,
+) -> int:
+    """Write the plan of MODEL as a config that another framework runs, or as a training script.
+
+    `vramplan check` of the file gives the same plan again. What a framework cannot run is refused by name; where you
+    left an option open, the plan takes what the framework does, and a comment says so.
+
+    \b
+    Examples:
+      vramplan export llama-3.1-8b --to axolotl --rank 32 -o axolotl.yml
+      vramplan export qwen3-4b --to script --trainer trl --dataset trl-lib/Capybara -o finetune.py
+      vramplan export gpt2 --to accelerate --method full --seq-len 1024
+    """
+    from vramplan.planner import export as exporting
+    from vramplan.planner import report
+    from vramplan.planner.plan import plan as make
+
+    made = make(**_asked(config, model=model, **options))
+    command = f"vramplan {shlex.join(click.get_current_context().obj)}"
+    found = exporting.export(made, target, command=command, dataset=dataset)
+    if output is None:
+        report.print_text(found.text)
+        return 0
+    exporting.save(found, output, force=force)
+    report.print_text(f"{output}: {report.recipe(made.model.name, found.options)}\n")
+    return 0
+
+
 @cli.command(short_help="Run the real code without a GPU, beside the plan.")
 @click.argument("model")
-@_training_options
+@_step_options
 @_gpu
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON, the plan beside it.")
@@ -518,7 +646,7 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
 
 @cli.command(short_help="Measure real training steps on this GPU.")
 @click.argument("model", required=False)
-@_training_options
+@_step_options
 @click.option("--config", metavar="FILE", help="A TOML file of options; the command line goes first.")
 @click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
 @click.option("--full", is_flag=True, help="Calibrate with a grid of runs, up to an hour.")
@@ -727,7 +855,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a folder's name may be beyond the terminal's character set
     try:
-        code = cli.main(words, prog_name="vramplan", standalone_mode=False) or 0
+        code = cli.main(words, prog_name="vramplan", standalone_mode=False, obj=words) or 0
         sys.stdout.flush()
     except UsageError as error:
         report.print_error(f"{error}{_meant_command(words) if str(error).startswith('unknown model') else ''}")

@@ -31,6 +31,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
 
+def printable(text: str) -> str:
+    """`text` without what ends a line, or what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def reason(error: OSError) -> str:
     """What the system says of a file or a stream, for the inside of a sentence."""
     return (error.strerror or "no reason given").lower()

@@ -22,7 +22,8 @@ def read_bytes(file: str | os.PathLike[str], what: str, option: str, largest: in
         with path.open("rb") as stream:
             raw = stream.read(largest + 1)
         if len(raw) > largest:
-            raise UsageError(f"{where} is larger than {largest >> 20} MiB, too much for {what} ({option})")
+            limit = f"{largest >> 20} MiB" if largest >= 2**20 else f"{largest >> 10} KiB"
+            raise UsageError(f"{where} is larger than {limit}, too much for {what} ({option})")
         return raw
     except OSError as error:
         raise UsageError(f"cannot read {where}: {reason(error)} ({option})") from None

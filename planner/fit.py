@@ -76,31 +76,19 @@ class Boundary(NamedTuple):
     fails: int | None  # the smaller of those with which it does not
 
 
-def largest(
-    survives: Callable[[int], bool], step: int, most: int, possible: Callable[[int], bool] | None = None
-) -> Boundary:
+def largest(survives: Callable[[int], bool], step: int, most: int) -> Boundary:
     """The boundary of a run's size (a batch, a sequence), among the multiples of `step` up to `most`.
 
-    Sizes are doubled until one fails, then the gap is halved. `possible`, where given, is a cheaper answer that is
-    never false where the run survives: its own boundary is found first, and the search goes down from there. Where
-    memory does not grow with every step, fragmentation being what it is, this is one of several boundaries: what it
-    holds of the two sizes is true all the same.
+    Sizes are doubled until one fails, then the gap is halved. Where memory does not grow with every step, fragmentation
+    being what it is, this is one of several boundaries: what it holds of the two sizes is true all the same.
     """
-    good, bad = 0, None  # in steps
-    if possible is None:
-        size, end = min(1, most // step), most // step
-        while size > good:
-            if not survives(size * step):
-                bad = size
-                break
-            good, size = size, min(2 * size, end)
-    else:
-        top = largest(possible, step, most)
-        bad = None if top.fails is None else top.fails // step
-        size, down = (top.survives or 0) // step, 1
-        while size > 0 and not survives(size * step):
-            bad, size, down = size, size - down, 2 * down
-        good = max(size, 0)
+    good, bad, end = 0, None, most // step  # in steps
+    size = min(1, end)
+    while size > good:
+        if not survives(size * step):
+            bad = size
+            break
+        good, size = size, min(2 * size, end)
     while bad is not None and bad - good > 1:
         middle = (good + bad) // 2
         if survives(middle * step):
@@ -108,3 +96,27 @@ def largest(
         else:
             bad = middle
     return Boundary(good * step or None, None if bad is None else bad * step)
+
+
+def largest_with(spare: Callable[[int], int], possible: Callable[[int], bool], most: int) -> Boundary:
+    """The same from 1 to `most`, where `spare` says of a size what is left, below 0 what is too much.
+
+    Memory grows nearly by a straight line, so the next size to try is where the line through the two sides meets 0.
+    `possible` is a cheaper answer, never false where something is left: nothing beyond its own boundary is tried.
+    """
+    top = largest(possible, 1, most)
+    if top.survives is None:
+        return top
+    good, bad, size, left = 0, top.fails, 1, {}
+    while good < top.survives and (bad is None or bad - good > 1):
+        before = bad - good if bad is not None and bad in left else None
+        left[size] = spare(size)
+        good, bad = (size, bad) if left[size] >= 0 else (good, size)
+        if bad is None or bad not in left:
+            size = top.survives
+        elif before and 2 * (bad - good) > before:  # the line is no good
+            size = (good + bad) // 2
+        elif good:
+            zero = (bad - good) * left[good] // (left[good] - left[bad])
+            size = good + min(max(zero, 1), bad - good - 1)
+    return Boundary(good or None, bad)

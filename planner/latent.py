@@ -36,12 +36,17 @@ def queries_keys_values(
     tables = shared.tables[blocks.layer_type(a)]
     tape.scope = "self_attn"
     q_rot, k_rot = rope.rotate_latent(tape, q_rot, k_rot, *tables, a)
+    of = t
+    if shared.cache is not None:  # what is cached is the compressed latent, as one head
+        kv, k_rot = shared.cache.update(tape, kv.view(b, 1, t, mla.kv_lora_rank), k_rot)
+        of = kv.shape[2]
+        kv = kv.view(b, of, mla.kv_lora_rank)
     q = ops.cat(tape, (q_pass, q_rot), (b, n, t, a.head_dim), "q")
     tape.scope = mla.kv_b
-    both = ops.heads(tape, blocks.project(tape, kv, held.projections[mla.kv_b], s), (b, n, t, nope + a.value_head_dim))
-    k_pass, v = ops.split(tape, both, [(b, n, t, nope), (b, n, t, a.value_head_dim)])
+    both = ops.heads(tape, blocks.project(tape, kv, held.projections[mla.kv_b], s), (b, n, of, nope + a.value_head_dim))
+    k_pass, v = ops.split(tape, both, [(b, n, of, nope), (b, n, of, a.value_head_dim)])
     spread = ops.repeat_kv(tape, k_rot, n)
-    k = ops.empty(tape, (b, n, t, a.head_dim), both.dtype, "k")
+    k = ops.empty(tape, (b, n, of, a.head_dim), both.dtype, "k")
     k = ops.copy_into(tape, ops.copy_into(tape, k, k_pass), spread)
     kept = [k_rot, kv, compressed, q_rot, q_pass, states]  # a list lets go of its last element first
     return q, k, v, kept

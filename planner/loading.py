@@ -86,8 +86,12 @@ def _buffers(a: Architecture) -> list[tuple[str, int]]:
     return [*found, *([("embedding scale", 4)] if a.model_type in SCALED_EMBEDDING else [])]
 
 
-def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
-    """Three stretches: the model on the GPU (`loaded_bytes`), k-bit preparation, the adapter (`ready_bytes`)."""
+def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stretch]:
+    """Three stretches: the model on the GPU (`loaded_bytes`), k-bit preparation, the adapter (`ready_bytes`).
+
+    `checkpoint`: as from_pretrained with a device_map loads them, by the weights' names. It begins with one tensor as
+    large as all together, which it lets go at once (transformers/modeling_utils.py, caching_allocator_warmup).
+    """
     from vramplan.planner.run import Stretch
 
     program, s, a = run.program, run.settings, run.architecture
@@ -95,23 +99,35 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
     events: list[int] = []
     plain: list[tuple[int, int]] = []  # id and elements of the weights that are not quantised
     biases: dict[int, int] = {}  # the layers of those beside a quantised weight, by their place among them
+    weights = [(name, module, layer, weight) for name, module, layer in a.modules() for weight in a.own_weights(module)]
+
+    def narrow(module: Module, layer: int | None) -> bool:
+        return module.name in (run.quantised_outside if layer is None else run.quantised[layer])
+
+    if checkpoint:
+        weights.sort(key=lambda each: _natural(f"{each[0]}.{each[3].name}"))
+        halves = sum(
+            weight.numel * (1 if narrow(module, layer) and weight.name == "weight" else 2 * itemsize)
+            for _, module, layer, weight in weights
+        )
+        whole = program.new(halves // 2, "room for all weights", "")
+        events += (2 * whole, 2 * whole + 1)
     first = True
-    for name, module, layer in a.modules():
-        quantised = module.name in (run.quantised_outside if layer is None else run.quantised[layer])
-        for weight in a.own_weights(module):
-            if quantised and weight.name == "weight":
-                events += _quantise(run, weight.numel, itemsize, name, first)
-                first = False
+    for name, module, layer, weight in weights:
+        quantised = narrow(module, layer)
+        if quantised and weight.name == "weight":
+            events += _quantise(run, weight.numel, itemsize, name, first, drawn=not checkpoint)
+            first = False
+        else:
+            made = program.new(weight.numel * itemsize, f"weight, {s.weights_dtype}", "weights", name)
+            if s.method == "qlora" and not checkpoint:
+                drawn = program.new(weight.numel * itemsize, "weight as drawn", "", name)
+                events += (2 * drawn, 2 * made, 2 * drawn + 1)
             else:
-                made = program.new(weight.numel * itemsize, f"weight, {s.weights_dtype}", "weights", name)
-                if s.method == "qlora":
-                    drawn = program.new(weight.numel * itemsize, "weight as drawn", "", name)
-                    events += (2 * drawn, 2 * made, 2 * drawn + 1)
-                else:
-                    events.append(2 * made)
-                if quantised and layer is not None:
-                    biases[len(plain)] = layer
-                plain.append((made, weight.numel))
+                events.append(2 * made)
+            if quantised and layer is not None:
+                biases[len(plain)] = layer
+            plain.append((made, weight.numel))
     events += [2 * program.new(size, label, "weights") for label, size in _buffers(a)]
     loaded = Stretch("loading", events)
 
@@ -122,7 +138,7 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
             made = program.new(4 * numel, label, "weights", program.scopes[old])
             events += (2 * made, 2 * old + 1)
             plain[i] = (made, numel)
-    if s.frozen_dtype != s.compute_dtype:
+    if s.frozen_dtype != s.compute_dtype and not checkpoint:
         for i, layer in biases.items():
             run.biases.setdefault(layer, []).append(plain[i])
     run.plain_parameters = sum(numel for _, numel in plain)
@@ -130,12 +146,20 @@ def play(run: Run) -> tuple[Stretch, Stretch, Stretch]:
     return loaded, prepared, Stretch("adapter", _adapter(run) if s.method != "full" else [])
 
 
-def _quantise(run: Run, numel: int, itemsize: int, name: str, first: bool) -> list[int]:
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """The order in which a checkpoint's weights are loaded (transformers/core_model_loading.py, dot_natural_key)."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _quantise(run: Run, numel: int, itemsize: int, name: str, first: bool, *, drawn: bool) -> list[int]:
     """One weight is made on the GPU in 16 bit and quantised there (bitsandbytes/functional.py, quantize_4bit)."""
     new, double_quant = run.program.new, run.settings.double_quant
     part = "weights, 4 bit"
-    drawn, wide = (new(numel * itemsize, "weight before quantisation", "", name) for _ in range(2))
-    events = [2 * drawn, 2 * wide, 2 * drawn + 1]
+    wide = new(numel * itemsize, "weight before quantisation", "", name)
+    events = [2 * wide]
+    if drawn:
+        random = new(numel * itemsize, "weight as drawn", "", name)
+        events = [2 * random, 2 * wide, 2 * random + 1]
     kept = [2 * new(nbytes, label, part, name) for label, nbytes in nf4_tensors(numel, double_quant)]
     if double_quant:
         absmax, centred = (new(4 * -(-numel // BLOCK), "absmax, float32", "", name) for _ in range(2))

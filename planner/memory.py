@@ -16,7 +16,7 @@ from vramplan.planner.trainer import TRAINERS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from vramplan.planner.allocator import Replay
+    from vramplan.planner.allocator import OutOfMemory, Replay
     from vramplan.planner.attention import Kernel
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
@@ -65,6 +65,22 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a run: the bytes of its peaks, where the highest is, what is alive there (the rows sum to it).
+
+    `where` says in which process and state it is, where that is not training itself.
+    """
+
+    name: str
+    where: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_phase: str
+    components: tuple[Component, ...]
+    timeline: tuple[Moment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """What a run needs on one GPU, in bytes; `components` are alive at the peak and sum to it exactly.
 
@@ -72,7 +88,7 @@ class MemoryEstimate:
     what CUDA counts as the GPU's memory. `paged_bytes` are optimizer states in managed memory, which the driver moves
     off the GPU when room is short: they are in none of the other figures. Under a limit, `retries` is how often PyTorch
     gives its whole cache back to make room, and `out_of_memory` the phase in which that is not enough: figures are then
-    those up to there.
+    those up to there. `phases` are those that were asked for; the figures are of `phase`, which reserves the most.
     """
 
     components: tuple[Component, ...]
@@ -88,6 +104,8 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
     retries: int = 0
     out_of_memory: str = ""
+    phase: str = "training"
+    phases: tuple[Phase, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -172,8 +190,19 @@ def estimate(
     `run` is what `run_of` makes of the rest, where that is at hand. Raises UsageError for what no machine holds.
     """
     run = run or run_of(architecture, options, on, counts)
-    made = replay(run, options, on, SOURCES | TRAINERS[options.trainer].sources, limit_bytes)
-    return replace(made, notes=_notes(run, on))
+    allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    sources = SOURCES | TRAINERS[options.trainer].sources
+    made = replay(run, options, on, sources, limit_bytes, allocator)
+    steps = Phase(
+        "training", "", made.peak_allocated_bytes, made.peak_reserved_bytes, made.peak_phase, made.components,
+        made.timeline,
+    )  # fmt: skip
+    made = replace(made, phases=(steps,))
+    if options.phases != ("training",) and not made.out_of_memory:
+        from vramplan.planner import phases
+
+        made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
+    return replace(made, notes=_notes(run, on, made.phases))
 
 
 class Played(Protocol):
@@ -196,11 +225,12 @@ class Played(Protocol):
 
 
 def replay(
-    run: Played, options: TrainingOptions, on: Device, sources: Mapping[str, str], limit_bytes: int | None = None
-) -> MemoryEstimate:
+    run: Played, options: TrainingOptions, on: Device, sources: Mapping[str, str], limit_bytes: int | None = None,
+    allocator: Allocator | None = None,
+) -> MemoryEstimate:  # fmt: skip
     """Replays a run through the allocator; see `estimate`. `sources` are the rows of the breakdown, in their order."""
     program = run.program
-    allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    allocator = allocator or Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
     best, phase, failed = -1, "", ""
     timeline: tuple[Moment, ...] = ()
     at_best: tuple[set[int], Sequence[Stretch], int]
@@ -214,8 +244,7 @@ def replay(
             at_best = (held, played[: position + 1], result.peak_allocated_event)
         if result.out_of_memory:
             if limit_bytes is None:
-                asked = units.format_bytes(result.out_of_memory.requested_bytes)
-                raise UsageError(f"a tensor of {asked} finds no room on any machine; lower --batch-size or --seq-len")
+                raise no_room(result.out_of_memory, "--batch-size or --seq-len")
             failed = stretch.name
         return result
 
@@ -236,7 +265,7 @@ def replay(
         before = reserved
         for position, stretch in enumerate(played):
             result = replayed(held, played, position)
-            _note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
+            note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
             reserved = max(reserved, result.peak_reserved_bytes)
             if failed:
                 break
@@ -245,7 +274,7 @@ def replay(
         if failed or (settled and not allocator.retries):
             break  # a step that needed hardly more than the one before: the next is nearly the same
     return MemoryEstimate(
-        components=_components(program, _alive_at(*at_best), best, sources),
+        components=components(program, alive_at(*at_best), best, sources),
         peak_allocated_bytes=best,
         peak_reserved_bytes=reserved,
         context_bytes=on.context_bytes,
@@ -260,7 +289,13 @@ def replay(
     )
 
 
-def _note(moments: list[Moment], moment: Moment) -> None:
+def no_room(failed: OutOfMemory, flags: str) -> UsageError:
+    """What no machine holds, in words."""
+    asked = units.format_bytes(failed.requested_bytes)
+    return UsageError(f"a tensor of {asked} finds no room on any machine; lower {flags}")
+
+
+def note(moments: list[Moment], moment: Moment) -> None:
     """Adds a stretch to the timeline; what follows under the same name belongs to it."""
     if moments and moments[-1].phase == moment.phase:
         last = moments.pop()
@@ -284,14 +319,14 @@ def _quantised(architecture: Architecture, options: TrainingOptions) -> list[fro
     return answer
 
 
-def _alive_at(held: set[int], stretches: Sequence[Stretch], position: int) -> set[int]:
+def alive_at(held: set[int], stretches: Sequence[Stretch], position: int) -> set[int]:
     """What is alive after event `position` of the last of `stretches`, with the tensors `held` before them."""
     *before, last = stretches
     events = [*(e for stretch in before for e in stretch.events), *last.events[: position + 1]]
     return held.difference({e >> 1 for e in events}) | alive(events)
 
 
-def _components(program: Program, held: Iterable[int], total: int, sources: Mapping[str, str]) -> tuple[Component, ...]:
+def components(program: Program, held: Iterable[int], total: int, sources: Mapping[str, str]) -> tuple[Component, ...]:
     """The tensors alive at the peak, by part; what the allocator's blocks add is a part of its own."""
     held = sorted(held)
     known = (program.parts, program.labels, program.sizes)
@@ -326,9 +361,9 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, on: Device) -> tuple[str, ...]:
+def _notes(run: Run, on: Device, phases: Sequence[Phase]) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
-    notes: list[str] = []
+    notes = [f"{phase.name}: {phase.where}" for phase in phases if phase.where]
     s = run.settings
     if s.frozen_dtype != s.weights_dtype:
         wide = 4 * run.plain_parameters

@@ -125,8 +125,42 @@ def activate(tape: Tape, module: str, held: Held) -> dict[str, tuple[Tensor, Ten
     return active
 
 
+def batched(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, family: str) -> Tensor:
+    """batched_mm_experts_forward, which decoding takes: the weights of its expert are copied for every token."""
+    tape.scope = m.experts
+    t, h = x.shape
+    rows = t * m.top_k
+    parameters = held.others[m.experts]
+    active = activate(tape, m.experts, held)
+
+    made: list[Tensor] = []  # parametrize.cached keeps what a wrapper has made until the forward ends
+
+    def copied(name: str) -> Tensor:
+        whole = wrapped(tape, parameters[name], *active[name]) if name in active else parameters[name].tensor()
+        made.append(whole)
+        return tape.new((rows, *whole.shape[1:]), whole.dtype, "experts' weights, one for each token")
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return tape.new((rows, weight.numel // (rows * x.shape[1])), x.dtype, "expert projection")
+
+    selected = tape.new((rows, h), x.dtype, "tokens, repeated")
+    ids = tape.new((rows,), "int64", "experts, clamped")
+    chosen = copied("gate_up_proj")
+    out = product(selected, ops.lower(tape, chosen))
+    out = gate(tape, out, m, family)
+    chosen = copied("down_proj")
+    out = product(out, ops.lower(tape, chosen))
+    weighted = ops.mul(tape, out, weights.view(rows, 1), "expert outputs, weighted")
+    total = sum_of_experts(tape, weighted, (t, h))
+    answer = ops.to(tape, total, x.dtype, "output of experts")
+    del selected, ids, chosen, out, weighted
+    return answer
+
+
 def experts(tape: Tape, x: Tensor, weights: Tensor, m: Moe, held: Held, s: Settings, family: str) -> Tensor:
     """grouped_mm_experts_forward: tokens sorted by expert, two grouped products, weighted, unsorted and summed."""
+    if s.mode == "generation" and s.past:  # generation/utils.py, _optimize_model_for_decode
+        return batched(tape, x, weights, m, held, family)
     tape.scope = m.experts
     t, h = x.shape
     rows = t * m.top_k

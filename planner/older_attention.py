@@ -27,8 +27,13 @@ def bloom(tape: Tape, x: Tensor, residual: Tensor, layer: Layer, held: Held, s: 
     b, n, t, d = s.batch, a.num_heads, s.seq, a.head_dim
     fused = _project(tape, x, a.qkv, held, s)
     tape.scope = "self_attn"
-    q, k, v = (_flat(tape, _selected(tape, fused, (b, n, t, d))) for _ in range(3))
-    scores = baddbmm(tape, shared.masks["alibi"], q, k, (b, n, t, t))
+    if shared.cache is None:
+        q, k, v = (_flat(tape, _selected(tape, fused, (b, n, t, d))) for _ in range(3))
+    else:
+        q, k, v = (_selected(tape, fused, (b, n, t, d)) for _ in range(3))
+        k, v = shared.cache.update(tape, k, v)
+        q = _flat(tape, q)
+    scores = baddbmm(tape, shared.masks["alibi"], q, k, (b, n, t, k.shape[2]))
     weights = ops.add(tape, scores, shared.masks[blocks.layer_type(a)], "scores, masked")
     probabilities = ops.to(tape, ops.wide_softmax(tape, weights), scores.dtype, "probabilities, cast")
     probabilities = ops.dropout(tape, probabilities, a.dropout)
@@ -67,6 +72,8 @@ def falcon(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared:
     q, k, v = _falcon_heads(tape, fused, layer, s)
     if a.rotary_dim:
         q, k, _ = rotary.rotate(tape, q, k, *shared.tables[kind], a, layer.family)
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
     weights: Tensor | None = None
     kept: list[Tensor] = []
     if s.kernel == "flash_attention_2":
@@ -76,7 +83,7 @@ def falcon(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared:
         out = ops.merge_heads(tape, out)
     else:
         b, n, t, d = q.shape
-        scores = ops.matmul(tape, q, k, (b, n, t, t), "scores")
+        scores = ops.matmul(tape, q, k, (b, n, t, k.shape[2]), "scores")
         if a.position == "alibi":
             wide = ops.to(tape, scores, "fp32", "scores, float32")
             logits = ops.scale_(tape, ops.add(tape, wide, shared.masks["alibi"], "scores with alibi"))
@@ -131,16 +138,20 @@ def gptj(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: S
     query, key = (ops.view(tape, _project(tape, x, name, held, s), (b, t, n, d)) for name in (a.q, a.k))
     value = ops.heads(tape, _project(tape, x, a.v, held, s), (b, n, t, d))
     tape.scope = "self_attn"
-    table = tape.new((1, a.positions, rotated), "fp32", "sines and cosines of every position")
-    positions = tape.new((1, t, rotated), "int64", "positions, repeated")
-    angles = ops.to(tape, tape.new((1, t, rotated), "fp32", "sines and cosines"), key.dtype, "sines and cosines, cast")
+    rows = b if s.mode == "generation" else 1
+    table = tape.new((rows, a.positions, rotated), "fp32", "sines and cosines of every position")
+    positions = tape.new((rows, t, rotated), "int64", "positions, repeated")
+    angles = tape.new((rows, t, rotated), "fp32", "sines and cosines")
+    angles = ops.to(tape, angles, key.dtype, "sines and cosines, cast")
     k_rot, k_pass = rotary.cut(tape, key, rotated)
     q_rot, q_pass = rotary.cut(tape, query, rotated)
-    k_rot = _turned(tape, k_rot)
-    q_rot = _turned(tape, q_rot)
+    k_rot = _turned(tape, k_rot, rows)
+    q_rot = _turned(tape, q_rot, rows)
     k = _permuted(tape, ops.cat(tape, (k_rot, k_pass), key.shape, "rotated k"))
     q = _permuted(tape, ops.cat(tape, (q_rot, q_pass), query.shape, "rotated q"))
     del key, query
+    if shared.cache is not None:
+        k, value = shared.cache.update(tape, k, value)
     weights: Tensor | None
     if s.kernel == "eager":
         out, weights = _gptj_scores(tape, q, k, value, layer, shared.masks[blocks.layer_type(a)])
@@ -158,20 +169,20 @@ def _gptj_scores(tape: Tape, q: Tensor, k: Tensor, v: Tensor, layer: Layer, mask
     b, n, t, _ = q.shape
     q = ops.to(tape, q, "fp32", "q, float32")
     k = ops.to(tape, k, "fp32", "k, float32")
-    weights = ops.scale(tape, ops.matmul(tape, q, k, (b, n, t, t), "scores"), "scores, scaled")
+    weights = ops.scale(tape, ops.matmul(tape, q, k, (b, n, t, k.shape[2]), "scores"), "scores, scaled")
     weights = ops.add(tape, weights, mask, "scores, masked")
     weights = ops.wide_softmax(tape, weights)
     weights = ops.to(tape, weights, v.dtype, "probabilities, cast")
     weights = ops.dropout(tape, weights, layer.attention.dropout)
-    out = ops.matmul(tape, weights, v, v.shape, "attention output")
+    out = ops.matmul(tape, weights, v, q.shape, "attention output")
     del q
     del k
     return out, weights
 
 
-def _turned(tape: Tape, x: Tensor) -> Tensor:
+def _turned(tape: Tape, x: Tensor, rows: int) -> Tensor:
     """`tensor * cos + rotate_every_two(tensor) * sin`, with both repeated for pairs."""
-    sin, cos = (tape.new((1, x.shape[1], 1, x.shape[3]), x.dtype, "rotary table, repeated") for _ in range(2))
+    sin, cos = (tape.new((rows, x.shape[1], 1, x.shape[3]), x.dtype, "rotary table, repeated") for _ in range(2))
     turned = ops.mul(tape, x, cos, "rotary: x cos")
     turned = ops.add(tape, turned, ops.mul(tape, rotary.rotate_half(tape, x), sin, "rotary: x sin"), "rotated")
     return turned  # noqa: RET504 - the name lets go of what it held before
@@ -186,8 +197,11 @@ def mpt(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Sh
     cut = ops.split(tape, fused, [(b, t, n * d)] * 3)
     q, k, v = (ops.heads(tape, each, (b, n, t, d), transposed=i == 1) for i, each in enumerate(cut))
     del cut
-    scores = ops.scale(tape, ops.matmul(tape, q, k, (b, n, t, t), "scores"), "scores, scaled")
-    alibi = Tensor(shared.masks["alibi"].storage, (1, n, 1, t), "fp32")  # the last of its positions
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
+    of = k.shape[2]
+    scores = ops.scale(tape, ops.matmul(tape, q, k, (b, n, t, of), "scores"), "scores, scaled")
+    alibi = Tensor(shared.masks["alibi"].storage, (1, n, 1, of), "fp32")  # the last of its positions
     scores = ops.add(tape, scores, alibi, "scores with alibi")
     scores = ops.masked_fill(tape, scores, shared.masks[blocks.layer_type(a)])
     weights = ops.wide_softmax(tape, scores)

@@ -195,8 +195,8 @@ def square(tape: Tape, x: Tensor) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
-    """`F.dropout` in training: CUDA's native_dropout keeps a mask of one byte an element; 0 is the identity."""
-    if p == 0.0:
+    """`F.dropout`: CUDA's native_dropout keeps a mask of one byte an element; the identity for 0, and in evaluation."""
+    if p == 0.0 or not tape.grad:
         return x
     shape, dtype = x.shape, x.dtype
     mask: Tensor | None = tape.new(shape, "bool", "dropout mask")

@@ -46,7 +46,9 @@ class Tape:
         "scopes", "seq", "sizes",
     )  # fmt: skip
 
-    def __init__(self, autocast: str | None = None, multiprocessors: Multiprocessors = H200) -> None:
+    def __init__(
+        self, autocast: str | None = None, multiprocessors: Multiprocessors = H200, *, grad: bool = True
+    ) -> None:
         self.events: list[int] = []
         self.sizes: list[int] = []
         self.labels: list[str] = []
@@ -54,7 +56,7 @@ class Tape:
         self.saved: set[int] = set()  # ids of storages that a node saved for backward
         self.autocast = autocast
         self.cache: dict[int, Tensor] = {}  # autocast's casts of float32 parameters, kept until it ends
-        self.grad = True  # torch.is_grad_enabled
+        self.grad = grad  # torch.is_grad_enabled; off from the start, the model is in evaluation mode
         self.frame: Frame | None = None  # the checkpointed call that is running, if one is
         self.scope = ""
         self.seq = 0

@@ -6,19 +6,15 @@ import datetime
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import read_bytes
-from vramplan.planner.report_table import render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from markdown_it.token import Token
-
-    from vramplan.planner.table import Table
 
 _LARGEST = 16 * 2**20  # bytes of a document
 _MARKER = r"[A-Za-z0-9]+([_.-]?[A-Za-z0-9]+)*"  # no two hyphens, which would end an HTML comment
@@ -83,15 +79,20 @@ def put(document: bytes, marker: str, form: str, text: str) -> bytes:
     return document[:start] + line_end.join(line.encode() for line in lines) + document[end:]
 
 
-def renewed(document: bytes, marker: str, form: str, table: Table) -> bytes:
-    """The document with this table in a marker's place; where nothing but the day would change, it stays as it is."""
+def renewed(
+    document: bytes, marker: str, form: str, day: datetime.date, render: Callable[[datetime.date], str]
+) -> bytes:
+    """The document with a table in a marker's place, which `render` writes as made on a day; it was made on `day`.
+
+    Where nothing but the day would change, the document stays as it is.
+    """
     start, end = between(document, marker, form)
     made = re.search(rb"Made on (\d{4}-\d\d-\d\d) by vramplan", document[start:end])
     with suppress(ValueError):  # no day of any calendar
-        day = datetime.date.fromisoformat(made[1].decode()) if made else table.date
-        if put(document, marker, form, render(replace(table, date=day), form)) == document:
+        earlier = datetime.date.fromisoformat(made[1].decode()) if made else day
+        if put(document, marker, form, render(earlier)) == document:
             return document
-    return put(document, marker, form, render(table, form))
+    return put(document, marker, form, render(day))
 
 
 # ------------------------------------------------------------------------------------------------------ found again

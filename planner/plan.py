@@ -150,6 +150,19 @@ def memory_dict(memory: MemoryEstimate) -> dict[str, Any]:
         "hidden_bytes": memory.hidden_bytes,
         "needed_bytes": memory.needed_bytes,
         "peak_phase": memory.peak_phase,
+        "phase": memory.phase,
+        "phases": [
+            {
+                "name": phase.name,
+                "where": phase.where,
+                "peak_allocated_bytes": phase.peak_allocated_bytes,
+                "peak_reserved_bytes": phase.peak_reserved_bytes,
+                "device_bytes": phase.peak_reserved_bytes + memory.context_bytes,
+                "peak_phase": phase.peak_phase,
+                "components": [part_dict(part) for part in phase.components],
+            }
+            for phase in memory.phases
+        ],
         "loaded_bytes": memory.loaded_bytes,
         "ready_bytes": memory.ready_bytes,
         "paged_bytes": memory.paged_bytes,

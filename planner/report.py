@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vramplan.planner.errors import UsageError
+from vramplan.planner.training import PHASES
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def print_json(data: object) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+def print_text(text: str) -> None:
+    """`text` on stdout, as it is."""
+    sys.stdout.write(text)
+
+
 # ---------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -81,7 +87,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     if plan.fit:
         top.append(verdict(plan.fit.to_dict()))
     costs, doubts = plan.costs()
-    page = [Block("", "<", top), _parameters(plan), _memory(plan), _gpus(plan.gpus)]
+    page = [Block("", "<", top), _parameters(plan), _memory(plan), *_phases(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
     page += [_costs(plan, costs), _sizes(plan.sizes())]
@@ -93,6 +99,9 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     if explain:
         page.append(_explained("How each row of memory is worked out", plan.memory.components))
+        for phase in plan.memory.phases:
+            if phase.name != plan.memory.phase:
+                page.append(_explained(f"The same for {phase.name}: {phase.peak_phase}", phase.components))
         page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
     show(page)
 
@@ -211,6 +220,19 @@ def _memory(plan: Plan) -> Block:
     return Block(f"Memory at the peak: {memory.peak_phase}", "<>", [Row(("", "GiB"), "dim"), *shown_rows])
 
 
+def _phases(plan: Plan) -> list[Block]:
+    """What each phase of the run takes, where others than training were asked for; the highest is the one above."""
+    memory = plan.memory
+    if plan.options.phases == ("training",):
+        return []
+    rows = [Row(("GiB", "allocated", "reserved", "device", "highest at"), "dim")]
+    for phase in memory.phases:
+        sizes = phase.peak_allocated_bytes, phase.peak_reserved_bytes, phase.peak_reserved_bytes + memory.context_bytes
+        shown = (_decimal(_scaled(size, 2), 2) for size in sizes)
+        rows.append(Row((phase.name, *shown, phase.peak_phase), "bold" if phase.name == memory.phase else ""))
+    return [Block("Phases", "<>>><", rows)]
+
+
 def _time(time: StepTime) -> Block:
     """A step's seconds and what they go to, the most first; what is less than a hundredth of it is put together."""
     span = f"{_seconds(time.low_s)} to {_seconds(time.high_s)}, host and kernels at their fastest and slowest"
@@ -244,10 +266,10 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
         shown.append(fastest)
     rows = [Row(("$", "hours", "", "kWh", "GPU", "offer"), "dim")]
     for each in shown:
-        span = f"{hours(each.hours_low)}-{hours(each.hours_high)}"
+        span = f"{short(each.hours_low)}-{short(each.hours_high)}"
         kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
-        rows.append(Row((f"{each.usd:.2f}", hours(each.hours), span, kwh, each.offer.gpu, by)))
+        rows.append(Row((f"{each.usd:.2f}", short(each.hours), span, kwh, each.offer.gpu, by)))
     return Block(heading, ">>>><<", rows)
 
 
@@ -273,9 +295,9 @@ def _without_offer(plan: Plan) -> str:
     return f"no known offer of {plan.fit.gpu.name}; a file of your own may have one (--prices)"
 
 
-def hours(count: float) -> str:
-    """Hours with as many decimals as say something."""
-    return f"{count:.0f}" if count >= 100 else f"{count:.1f}" if count >= 1 else f"{count:.2f}"
+def short(value: float) -> str:
+    """Hours or kWh with as many decimals as say something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def offered(made: Cost) -> str:
@@ -362,7 +384,7 @@ def _phase(stretch: str) -> str:
     """Which part of the step a stretch belongs to, for the drawing's axis."""
     word = stretch.replace(",", "").split()[0]
     return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
-        word, "update"
+        word, word if word in PHASES else "update"
     )
 
 
@@ -409,7 +431,8 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
         axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")
     peak = f"peak {format_gib(plan.memory.peak_allocated_bytes)} in {plan.memory.peak_phase}"
     rows = [Row((line,)) for line in (*lines, axis)]
-    return Block(f"Allocated memory over the step, GiB: {peak}", "<", rows)
+    over = "the step" if plan.memory.phase == "training" else plan.memory.phase
+    return Block(f"Allocated memory over {over}, GiB: {peak}", "<", rows)
 
 
 def _notes(plan: Plan) -> list[str]:

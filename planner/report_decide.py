@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
+from vramplan.planner.capacity import MOST_TOKENS
 from vramplan.planner.errors import UsageError
-from vramplan.planner.report import Block, Row, hours, offered, recipe, show, verdict, whole_run
+from vramplan.planner.report import Block, Row, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
-from vramplan.planner.units import GIB, format_count, format_gib
+from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from vramplan.planner.choose import Choice, Tried, Way
     from vramplan.planner.comparison import Side
     from vramplan.planner.trial import Trial
+
+_COMMAND_WIDTH = 76  # of a line; the backslash comes after
 
 # ---------------------------------------------------------------------------------------------------------------- fit
 
@@ -43,8 +47,9 @@ def fit_page(found: Capacity) -> list[Block]:
         page.append(Block(heading, "<<", [_method(method, trial) for method, trial in found.methods]))
     if found.frontier:
         page.append(_frontier(found.frontier, name))
-    page.append(Block("Notes", "<<", [Row(("-", note)) for note in _fit_notes(found)]))
-    return page
+    if notes := list(_fit_notes(found)):
+        page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
+    return [*page, _commands([found.command])]
 
 
 def _limit(limit: Limit) -> Row:
@@ -63,8 +68,9 @@ def _failing(size: Size) -> str:
 
 
 def _lacking(trial: Trial) -> str:
-    too_much = f"{format_gib(-trial.fit.headroom_bytes)} too much" if trial.fit else ""
-    return f"runs out of memory in {trial.runs_out!r}: {too_much}"
+    lacking = -trial.fit.headroom_bytes if trial.fit else 0
+    too_much = format_gib(lacking) if lacking > GIB // 100 else format_bytes(lacking)
+    return f"runs out of memory in {trial.runs_out!r}: {too_much} too much"
 
 
 def _spare(trial: Trial) -> str:
@@ -95,8 +101,8 @@ def _frontier(cells: tuple[Cell, ...], gpu: str) -> Block:
 
 
 def _one_frontier(cells: tuple[Cell, ...]) -> Iterator[Row]:
-    yield Row(("seq_len", "batch_size", "tokens", "to spare", "tokens/s", ""), "dim")
     fastest = max((cell.time.tokens_per_s for cell in cells if cell.time), default=None)
+    yield Row(("seq_len", "batch_size", "tokens", "to spare", "tokens/s" if fastest else "", ""), "dim")
     for cell in cells:
         length = format_count(cell.seq_len)
         if cell.batch_size is None or cell.trial is None:
@@ -120,7 +126,9 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
     words = []
     if "seq_len" in tried:
         sizes = tried["seq_len"]
-        words.append(f"seq_len in multiples of {sizes[0]} up to {format_count(sizes[-1])}, the model's positions")
+        every = f" in multiples of {sizes[0]}" if sizes[0] > 1 else ""
+        whose = ", the model's positions" if sizes[-1] < MOST_TOKENS else ""
+        words.append(f"seq_len{every} up to {format_count(sizes[-1])}{whose}")
     if "rank" in tried:
         words.append("rank in powers of two")
     if words:
@@ -131,7 +139,20 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
             "with its whole cache"
         )
     yield from found.warnings
-    yield f"each answer is the plan's: {found.command}"
+
+
+def _commands(lines: Iterable[str]) -> Block:
+    """Commands that make the plans again, each once, cut where a shell takes it as one."""
+    rows: list[Row] = []
+    for line in dict.fromkeys(lines):
+        row = ""
+        for word in map(shlex.quote, shlex.split(line)):
+            if row and len(row) + len(word) > _COMMAND_WIDTH:
+                rows.append(Row((f"{row} \\",)))
+                row = " "
+            row = f"{row} {word}" if row else word
+        rows.append(Row((row,)))
+    return Block("Reproduce", "<", rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- choose
@@ -144,13 +165,18 @@ def print_choice(found: Choice, *, everything: bool = False) -> None:
 
 def choice_page(found: Choice, *, everything: bool = False) -> list[Block]:
     """The same as blocks."""
-    page = [Block("", "<<", list(_choice_head(found)))]
+    page = [Block("", "<", list(_choice_head(found)))]
+    ends = {"cheapest": found.cheapest, "fastest": found.fastest} if found.within else {"closest": found.closest}
+    if found.cheapest and found.cheapest is found.fastest:
+        ends = {"cheapest and fastest": found.cheapest}
+    if any(ends.values()):
+        page.append(Block("", "<<", [Row((name, _in_words(way, found))) for name, way in ends.items() if way]))
     ways = found.within or found.ways if everything else found.shortlist
     if ways:
         rows = [Row(("$", "hours", "", "method", "GPU", "offer"), "dim"), *(_way(way, found) for way in ways)]
         heading = f"Ways within {_limits(found)}" if found.within and _limits(found) else "Ways"
         page.append(Block(f"{heading}, the cheapest first", ">>><<<", rows))
-        page.append(Block("Commands", "<", [Row((line,)) for line in dict.fromkeys(way.tried.command for way in ways)]))
+        page.append(_commands(way.tried.command for way in ways))
     if notes := list(_choice_notes(found, ways)):
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     return page
@@ -160,32 +186,37 @@ def _choice_head(found: Choice) -> Iterator[Row]:
     methods = dict.fromkeys(each.method for each in found.tried)
     cards = {each.gpu.name for each in found.tried}
     on = f"{len(cards)} GPUs" if len(cards) > 1 else " ".join(cards)
-    yield Row(("", f"{found.model.name} by {', '.join(methods)} on {on} let by the hour"), "bold")
-    yield Row(("", whole_run(found.options)))
+    yield Row((f"{found.model.name} by {', '.join(methods)} on {on} let by the hour",), "bold")
+    yield Row((whole_run(found.options),))
     limits = _limits(found)
-    if found.cheapest and found.fastest:
-        if limits:
-            yield Row(("", f"{len(found.within)} of {len(found.ways)} ways are within {limits}"), "green")
-        yield Row(("cheapest", _in_words(found.cheapest)))
-        yield Row(("fastest", _in_words(found.fastest)))
-    elif found.closest:
-        yield Row(("", f"none of {len(found.ways)} ways is within {limits}"), "bold red")
-        yield Row(("closest", _in_words(found.closest)))
-    else:
-        yield Row(("", "no GPU with an offer holds it"), "bold red")
+    if not found.ways:
+        yield Row(("no GPU with an offer holds it",), "bold red")
+    elif not found.within:
+        yield Row((f"none of {len(found.ways)} ways is within {limits}",), "bold red")
+    elif limits:
+        yield Row((f"{len(found.within)} of {len(found.ways)} ways are within {limits}",), "green")
 
 
 def _limits(found: Choice) -> str:
-    budget = [] if found.budget_usd is None else [f"${found.budget_usd:,.2f}"]
-    deadline = [] if found.deadline_s is None else [f"{hours(found.deadline_s / 3600)} h"]
-    return " and ".join([*budget, *deadline])
+    words = []
+    if found.budget_usd is not None:
+        words.append(f"${found.budget_usd:,.2f}".removesuffix(".00"))
+    if found.deadline_s is not None:
+        unit, seconds = next(each for each in (("h", 3600), ("min", 60), ("s", 1)) if found.deadline_s >= each[1])
+        words.append(f"{found.deadline_s / seconds:.4g} {unit}")
+    return " and ".join(words)
 
 
-def _in_words(way: Way) -> str:
+def _in_words(way: Way, found: Choice) -> str:
     made = way.cost
-    kwh = "" if made.kwh is None else f", {made.kwh:.1f} kWh"
-    span = f"{hours(made.hours)} h ({hours(made.hours_low)} to {hours(made.hours_high)})"
-    return f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"
+    kwh = "" if made.kwh is None else f", {short(made.kwh)} kWh"
+    span = f"{short(made.hours)} h ({short(made.hours_low)} to {short(made.hours_high)})"
+    words = [f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"]
+    if found.budget_usd is not None and made.usd > found.budget_usd:
+        words.append(f"${made.usd - found.budget_usd:,.2f} above the budget")
+    if found.deadline_s is not None and 3600 * made.hours > found.deadline_s:
+        words.append(f"{short(made.hours - found.deadline_s / 3600)} h beyond the deadline")
+    return "; ".join(words)
 
 
 def _way(way: Way, found: Choice) -> Row:
@@ -193,12 +224,12 @@ def _way(way: Way, found: Choice) -> Row:
     words = [offered(made)]
     if not way.tried.trial.roomy:
         words.append("only just")
-    if way in found.within and not found.certain(way):
+    if found.within and not found.certain(way):
         words.append("beyond if slow")
     ends = {"the cheapest": found.cheapest, "the fastest": found.fastest}
     words += [word for word, end in (ends if found.within else {"the closest": found.closest}).items() if way is end]
-    span = f"{hours(made.hours_low)}-{hours(made.hours_high)}"
-    cells = (f"{made.usd:,.2f}", hours(made.hours), span, way.tried.method, made.offer.gpu, ", ".join(words))
+    span = f"{short(made.hours_low)}-{short(made.hours_high)}"
+    cells = (f"{made.usd:,.2f}", short(made.hours), span, way.tried.method, made.offer.gpu, ", ".join(words))
     return Row(cells, "" if found.certain(way) else "yellow")
 
 
@@ -213,10 +244,9 @@ def _choice_notes(found: Choice, ways: Sequence[Way]) -> Iterator[str]:
         tries = list(group)
         if not any(each.trial.survives for each in tries):
             yield f"{method}: {_nowhere(tries)}"
-    for lacking, cards in _grouped(
-        (" and ".join(t.trial.fit.lacks) if t.trial.fit else "", t.gpu.name) for t in found.tried
-    ):
-        yield f"left out, since they lack {lacking}: {cards}"
+    lacking = ((" and ".join(each.trial.fit.lacks) if each.trial.fit else "", each.gpu.name) for each in found.tried)
+    for ability, cards in _grouped(lacking):
+        yield f"left out, since they lack {ability}: {cards}"
     halves = (("fp16" if _in_fp16(way, found) else "", way.cost.offer.gpu) for way in ways)
     for _, cards in _grouped(halves):
         yield f"without bf16, and so planned in fp16: {cards}"
@@ -232,7 +262,7 @@ def _nowhere(tries: Sequence[Tried]) -> str:
     if not fits:
         return tries[0].trial.refused
     room, name = max(fits)
-    return f"no GPU with an offer holds it; {name} comes closest, {format_gib(-room)} too small"
+    return f"no GPU with an offer holds it; {name} comes closest, at least {format_gib(-room)} too small"
 
 
 def _in_fp16(way: Way, found: Choice) -> bool:
@@ -283,7 +313,7 @@ def comparison_page(sides: Sequence[Side]) -> list[Block]:
         ("hours there", [side.cost.get("hours") for side in sides]),
     ]
     if any(value is not None for _, values in run for value in values):
-        page.append(_figures("Time and cost", run, _short, letters, few=len(sides) <= _DELTAS))
+        page.append(_figures("Time and cost", run, _number, letters, few=len(sides) <= _DELTAS))
     return page
 
 
@@ -366,5 +396,5 @@ def _whole(value: float) -> str:
     return format_count(round(value))
 
 
-def _short(value: float) -> str:
+def _number(value: float) -> str:
     return format_count(round(value)) if value >= 100 else f"{value:.2f}"

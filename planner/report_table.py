@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vramplan import __version__
 from vramplan.planner.errors import unknown
 from vramplan.planner.parallel import completed
-from vramplan.planner.report import Block, Row, hours, print_json, show, tracked
+from vramplan.planner.report import Block, Row, print_json, short, show, tracked
 from vramplan.planner.table import Missing, heading, typed
 from vramplan.planner.units import MIB, format_count, format_gib
 
@@ -141,7 +141,7 @@ def _text(unit: str, value: Any) -> str:
     if unit == "s":
         return f"{value:.3f}"
     if unit == "h":
-        return hours(value)
+        return short(value)
     forms = {"MiB": lambda: f"{value / MIB:,.2f}", "%": lambda: f"{value:.4f}", "/s": lambda: f"{value:,.0f}"}
     forms |= {"count": lambda: format_count(value), "USD": lambda: f"{value:,.2f}", "kWh": lambda: f"{value:.1f}"}
     return forms[unit]() if unit in forms else str(value)

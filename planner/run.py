@@ -274,7 +274,7 @@ class Run:
         for layer in range(a.num_hidden_layers):
             piece = self._piece(layer, dtype, needs, again, shared)
             pieces.append(piece)
-            dtype = _dtype_of(piece.sizes[piece.made], s, a.hidden_size)
+            dtype = dtype_of(piece.sizes[piece.made], s, a.hidden_size)
             needs = needs or bool(piece.backward)
         return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs, self.trainer)
 
@@ -406,6 +406,11 @@ class Run:
         events = [*(2 * i + 1 for i in (before,) if i != NOWHERE), 2 * self._loss]
         return [*stretches, Stretch("backward, embeddings", events)]
 
+    def end(self) -> Stretch:
+        """What goes when train() returns: the last batch, its loss, the norm of its gradients."""
+        gone, self._batch, self._norm = [*self._batch, self._loss], [], None
+        return Stretch("training ends", [*(2 * i + 1 for i in gone), *self._collect("")])
+
     def update(self, first: bool) -> list[Stretch]:
         """What follows backward: clipping and the optimizer."""
         return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self._optimize(first))]
@@ -480,7 +485,8 @@ def _has_adapter(held: Held, name: str) -> bool:
     return name in held.projections and held.projections[name].lora_a is not None
 
 
-def _dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:
+def dtype_of(nbytes: int, s: Settings, hidden_size: int) -> str:
+    """The dtype of hidden states [B, T, H] that take `nbytes`."""
     if nbytes == 4 * s.batch * s.seq * hidden_size:
         return "fp32"
     return s.autocast or s.weights_dtype

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.planner import catalog
-from vramplan.planner.errors import UsageError, nearest, shown, unknown
+from vramplan.planner.errors import UsageError, nearest, printable, shown, unknown
 
 _LARGEST = 4 * 2**20  # bytes of a config.json; real ones have a few thousand
 _HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}"
@@ -48,7 +48,7 @@ def resolve_model(model: str | os.PathLike[str] | Mapping[str, Any]) -> ModelRef
     """
     if isinstance(model, Mapping):
         config = _model_config(dict(model), "the given config")
-        return ModelReference(_label(str(config.get("model_type", "config")))[:80], config, "dict", "")
+        return ModelReference(printable(str(config.get("model_type", "config")))[:80], config, "dict", "")
     if isinstance(model, os.PathLike):
         return _from_path(Path(model))
     if not isinstance(model, str):
@@ -77,7 +77,7 @@ def _from_path(path: Path) -> ModelReference:
             raise UsageError(f"no config.json in the folder {shown(str(path))} (MODEL)")
     config = _model_config(_read_json(file), str(path))
     name = file.absolute().parent.name if file.name == "config.json" else file.stem
-    return ModelReference(_label(name) or "config", config, "file", _label(str(file)))
+    return ModelReference(printable(name) or "config", config, "file", printable(str(file)))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -180,8 +180,3 @@ def _exists(path: str | Path) -> bool:
         return os.path.lexists(path)
     except (OSError, ValueError):  # a NUL byte
         return False
-
-
-def _label(text: str) -> str:
-    """`text` without what a terminal would obey or cannot print: names of files and fields are untrusted."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

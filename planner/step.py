@@ -17,6 +17,7 @@ from vramplan.planner.paper import Node, Storage, Tape, Tensor, backward, checkp
 
 if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings
+    from vramplan.planner.cache import Cache
     from vramplan.planner.layers import Architecture, Layer
     from vramplan.planner.paper import Shape
     from vramplan.planner.trainer import Trainer
@@ -42,6 +43,8 @@ class Piece:
     grads: tuple[int, ...]  # ids of its parameters' gradients, in registration order
     shared: dict[str, int]  # ids of the tables and masks that it reads: the last reader to let go frees them
     added: tuple[int, ...]  # bytes of gradients that backward adds another to in place
+    cache: tuple[int, ...] = ()  # ids of the keys and values given, where there are any, and of those made
+    returned: tuple[int, ...] = ()  # ids of what the layer returns beside its output
 
 
 def _external(tape: Tape, nbytes: int, label: str) -> Storage:
@@ -58,16 +61,25 @@ def _given(tape: Tape, shape: Shape, dtype: str, label: str) -> Tensor:
 
 def play_layer(
     layer: Layer, held: Held, s: Settings, shared: blocks.Shared, dtype: str, hidden_size: int, needs_grad: bool,
-    again: bool,
+    again: bool, cache: Cache | None = None,
 ) -> Piece:  # fmt: skip
-    """One layer, forward and backward; `again`: its parameters have gradients from an earlier micro-step."""
-    tape = Tape(s.autocast, s.multiprocessors)
+    """One layer, forward and backward; `again`: its parameters have gradients from an earlier micro-step.
+
+    `cache` is what it has of earlier tokens; it holds what the layer has of all of them then.
+    """
+    tape = s.tape
     shape = (s.batch, s.seq, hidden_size)
     source = Node(0, [], lambda _, __: [], [])
     x = _given(tape, shape, dtype, "hidden states")
     x.node = source if needs_grad else None
     local = shared.of(blocks.layer_type(layer.attention), lambda t, name: _given(tape, t.shape, t.dtype, name))
     shared_ids = local.ids()
+    if cache is not None:
+        for name in ("keys", "values"):
+            if (old := getattr(cache, name)) is not None:
+                setattr(cache, name, _given(tape, old.shape, old.dtype, f"cached {name}"))
+        local.cache = cache
+    cache_ids = _ids(cache)
     for parameter in held.parameters:
         parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None
         parameter.node = None
@@ -75,6 +87,7 @@ def play_layer(
         out = _checkpointed(tape, x, layer, held, s, local)
     else:
         out = blocks.decoder_layer(tape, x, layer, held, s, local)
+    returned = local.returned
     del x, local
     ahead = tuple(tape.events)
     out_storage, out_shape, out_dtype, node, nr = out.storage, out.shape, out.dtype, out.node, out.nr
@@ -101,12 +114,18 @@ def play_layer(
     grads = tuple(p.grad.storage.id for p in held.parameters if p.grad is not None and p.grad.storage is not None)
     piece = Piece(
         ahead, leaving, back, tuple(tape.sizes), tuple(tape.labels), tuple(tape.scopes), frozenset(tape.saved),
-        0, made, grad_given, grad_made, grads, shared_ids, tuple(tape.added),
+        0, made, grad_given, grad_made, grads, shared_ids, tuple(tape.added), (*cache_ids, *_ids(cache)),
+        tuple(tensor.storage.id for tensor in returned if tensor.storage is not None),
     )  # fmt: skip
     for parameter in held.parameters:
         parameter.grad = None
         parameter.node = None
     return piece
+
+
+def _ids(cache: Cache | None) -> list[int]:
+    held = (cache.keys, cache.values) if cache is not None else ()
+    return [tensor.storage.id for tensor in held if tensor is not None and tensor.storage is not None]
 
 
 def _checkpointed(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: blocks.Shared) -> Tensor:
@@ -136,7 +155,7 @@ def token_dtype(architecture: Architecture, held: Held) -> str:
 
 def shared(architecture: Architecture, held: Held, s: Settings) -> blocks.Shared:
     """The tables and masks that the model hands to its layers, as shapes."""
-    made = around.prepare(Tape(), architecture, s, token_dtype(architecture, held))
+    made = around.prepare(s.tape, architecture, s, token_dtype(architecture, held))
     if architecture.model_type in around.KEEPS_POSITIONS:
         made.positions = None
     return made
@@ -144,7 +163,7 @@ def shared(architecture: Architecture, held: Held, s: Settings) -> blocks.Shared
 
 def embedded_dtype(architecture: Architecture, held: Held, s: Settings) -> str:
     """The dtype of layer 0's input: a norm or a projection of the embeddings may change theirs."""
-    return around.embed(Tape(s.autocast), architecture, held, s)[0].dtype
+    return around.embed(s.tape, architecture, held, s)[0].dtype
 
 
 def play_around(
@@ -152,7 +171,7 @@ def play_around(
     layers_need_grad: bool, trainer: Trainer,
 ) -> Around:  # fmt: skip
     """Embedding, final norm, head and loss, forward and backward, with a hole where the layers run."""
-    tape = Tape(s.autocast, s.multiprocessors)
+    tape = s.tape
     b, t, h = s.batch, s.seq, architecture.hidden_size
     for parameter in held.parameters:
         parameter.grad = Tensor(None, parameter.shape, parameter.dtype) if again else None

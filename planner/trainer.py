@@ -23,14 +23,16 @@ class Trainer:
 
     `forward(tape, architecture, hidden, held, s)` plays the head and whatever of the loss the model computes;
     `loss(tape, outputs)` the rest, on a list that holds the outputs alone and that it empties, and returns
-    the loss that backward starts from. `first_products` are labels of what autograd's first matrix product makes, or of
-    what is made right after it (not `product_made`): its thread takes a workspace there. `sources` says what rows of
-    the breakdown stand on, where that differs.
+    the loss that backward starts from; `evaluated` is the same where an evaluation keeps nothing but the loss.
+    `first_products` are labels of what autograd's first matrix product makes, or of what is made right after it (not
+    `product_made`): its thread takes a workspace there. `sources` says what rows of the breakdown stand on, where that
+    differs.
     """
 
     batch: tuple[str, ...]
     forward: Callable[..., Any]
     loss: Callable[[Tape, list[Any]], Tensor]
+    evaluated: Callable[[Tape, list[Any]], Tensor]
     quantised_adapter: str = "fp32"
     first_products: tuple[str, ...] = ("gradient of an input", "gradient of a weight")
     product_made: bool = True
@@ -45,11 +47,13 @@ TRANSFORMERS = Trainer(
     batch=("input_ids", "attention_mask", "labels"),
     forward=around.head_and_loss,
     loss=around.loss,
+    evaluated=around.evaluated,
 )
 TRL = Trainer(
     batch=trl.BATCH,
     forward=trl.forward,
     loss=trl.loss,
+    evaluated=trl.loss,
     quantised_adapter="bf16",
     first_products=trl.AFTER_A_PRODUCT,
     product_made=False,

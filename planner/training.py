@@ -15,7 +15,7 @@ from vramplan.planner import optimizer
 from vramplan.planner.errors import UsageError, shown, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.layers import Architecture
@@ -29,6 +29,13 @@ _PREPARES_KBIT = {"transformers": True, "trl": False, "unsloth": False}
 _LORA = ("rank", "lora_alpha", "lora_dropout", "target_modules")
 _KBIT = ("double_quant", "prepare_kbit")
 _SHARDING = ("reshard_after_forward", "cpu_offload")
+PHASES = ("loading", "training", "evaluation", "saving", "generation", "merging")
+# What belongs to a phase alone
+_OF_PHASES = {
+    "evaluation": ("per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_examples"),
+    "generation": ("generation_batch_size", "prompt_len", "max_new_tokens"),
+}
+PHASE_OPTIONS = ("phases", *(name for names in _OF_PHASES.values() for name in names))
 _MOST_TOKENS = 10**8  # ten times the longest context of any model
 _INTEGER = r"[+-]?\d{1,40}"
 _DECIMAL = r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})(e[+-]?\d{1,3})?"  # no inf, no nan, no 1_000
@@ -105,6 +112,26 @@ OPTIONS = _options(
     Option("examples", "integer", "1000", "Training examples, for time and cost.", most=10**12),
     Option("tokens_per_example", "integer", "seq_len", "Tokens of an example, for time and cost.", most=_MOST_TOKENS),
     Option("epochs", "number", "3", "Passes over the examples, for time and cost.", least=0, most=10**6, above=True),
+    Option(
+        "phases",
+        "names",
+        "training",
+        f"What of a run is planned: {', '.join(PHASES)}, separated by commas. The figures are the highest one's.",
+        PHASES,
+    ),
+    Option("per_device_eval_batch_size", "integer", "8", "evaluation: sequences in one batch.", most=10**6),
+    Option("prediction_loss_only", "flag", "yes", "evaluation: no compute_metrics, so that no logits are kept."),
+    Option(
+        "eval_accumulation_steps",
+        "integer",
+        "none",
+        "evaluation: batches until what is kept moves to the host.",
+        most=10**6,
+    ),
+    Option("eval_examples", "integer", "none", "evaluation: examples in all, where logits are kept.", most=10**9),
+    Option("generation_batch_size", "integer", "1", "generation: prompts in one batch.", most=10**6),
+    Option("prompt_len", "integer", "seq_len - max_new_tokens", "generation: tokens of a prompt.", most=_MOST_TOKENS),
+    Option("max_new_tokens", "integer", "256", "generation: tokens after the prompt.", most=_MOST_TOKENS),
 )
 
 
@@ -113,8 +140,8 @@ class TrainingOptions:
     """A training run, validated: every option of the contract with the value that is used.
 
     What a method does not use is off: without LoRA `rank`, `lora_alpha` and `lora_dropout` are 0 and `target_modules`
-    is empty; without qlora `double_quant` and `prepare_kbit` are false. `as_dict` shows those as null. `given` names
-    what was asked for, as opposed to default.
+    is empty; without qlora `double_quant` and `prepare_kbit` are false; what belongs to a phase that is not asked for
+    is 0. `as_dict` shows those as null. `given` names what was asked for, as opposed to default.
     """
 
     method: str = "qlora"
@@ -142,6 +169,14 @@ class TrainingOptions:
     examples: int = 1000
     tokens_per_example: int = 2048
     epochs: float = 3
+    phases: tuple[str, ...] = ("training",)
+    per_device_eval_batch_size: int = 0
+    prediction_loss_only: bool = True
+    eval_accumulation_steps: int = 0
+    eval_examples: int = 0
+    generation_batch_size: int = 0
+    prompt_len: int = 0
+    max_new_tokens: int = 0
     given: frozenset[str] = frozenset()
 
     @property
@@ -163,8 +198,9 @@ class TrainingOptions:
     def as_dict(self) -> dict[str, Any]:
         """Every option as used; null where the method has no such thing. `parse_options` of it gives the same run."""
         values: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
-        values["target_modules"] = self.target
-        return values | dict.fromkeys(_unused(self.method, self.parallel))
+        values["target_modules"], values["phases"] = self.target, list(self.phases)
+        values |= {name: values[name] or None for name in ("eval_accumulation_steps", "eval_examples")}
+        return values | dict.fromkeys(unused(self.method, self.parallel, self.phases))
 
 
 def parse_options(options: Mapping[str, object]) -> TrainingOptions:
@@ -181,11 +217,18 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
     values = dict(given)
     if "num_gpus" in given and given["num_gpus"] > 1:
         values.setdefault("parallel", "ddp")
-    _refuse_unused(method, given)
-    values |= {name: _OFF[name] for name in _unused(method, values.get("parallel", "none")) if name in _OFF}
+    phases = given.get("phases", ("training",))
+    _refuse_unused(method, phases, given)
+    values |= {name: _OFF[name] for name in unused(method, values.get("parallel", "none"), phases) if name in _OFF}
     values.setdefault("prepare_kbit", _PREPARES_KBIT[values.get("trainer", "transformers")])
     values.setdefault("lora_alpha", 2 * values.get("rank", 16))
     values.setdefault("tokens_per_example", values.get("seq_len", 2048))
+    if "evaluation" in phases:
+        values.setdefault("per_device_eval_batch_size", 8)  # transformers/training_args.py
+    if "generation" in phases:
+        values.setdefault("generation_batch_size", 1)
+        new = values.setdefault("max_new_tokens", 256)
+        values.setdefault("prompt_len", max(values.get("seq_len", 2048) - new, 1))
     parsed = TrainingOptions(**values, given=frozenset(given))
     _refuse_contradictions(parsed)
     _refuse_unsupported(parsed)
@@ -194,8 +237,8 @@ def parse_options(options: Mapping[str, object]) -> TrainingOptions:
 
 def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
     """The same question of another method: what that one does not know is left out."""
-    unused = _unused(method, "")
-    return {name: value for name, value in options.items() if name not in unused} | {"method": method}
+    without = unused(method, "", PHASES)
+    return {name: value for name, value in options.items() if name not in without} | {"method": method}
 
 
 def flags(options: Mapping[str, object]) -> str:
@@ -208,13 +251,26 @@ def flags(options: Mapping[str, object]) -> str:
         if option.kind == "flag":
             words.append(option.flag if _flag(option, value) else option.flag.replace("--", "--no-", 1))
         else:
-            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
-            words += [option.flag, shlex.quote(text)]
+            words += [option.flag, shlex.quote(typed(value))]
     return " ".join(words)
+
+
+def typed(value: Any) -> str:
+    """An option's value as it is typed."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 # transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version
 _SDPA_UNTIL = {"gemma2": (5, 20)}
+
+
+def refuse_phases(options: Mapping[str, object], what: str) -> None:
+    """Raises UsageError where phases are asked of what runs training steps alone."""
+    for name in PHASE_OPTIONS:
+        if options.get(name) is not None:
+            raise UsageError(f"{name} is for plans, and {what} runs training steps alone; leave it out")
 
 
 def settle(
@@ -253,7 +309,7 @@ def settle(
 
 
 def read_value(option: Option, value: object) -> Any:
-    """A value of one option as `TrainingOptions` holds it; raises UsageError where it is none."""
+    """One option's value as `parse_options` takes it; raises UsageError for what it cannot be."""
     if option.name == "optimizer" and isinstance(value, str):
         optimizer.get(value)  # knows more to say of a wrong name
     if option.kind == "choice":
@@ -285,7 +341,10 @@ def _names(option: Option, value: object) -> tuple[str, ...]:
         raise UsageError(
             f"{option.name} is {shown(value)}, which names nothing; name one or leave it out ({option.flag})"
         )
-    return found
+    for name in found:
+        if option.choices and name not in option.choices:
+            raise unknown(option.name, name, option.choices, option.flag)
+    return tuple(name for name in option.choices if name in found) or found
 
 
 def _number(option: Option, value: object) -> int | float:
@@ -326,20 +385,29 @@ _OFF: dict[str, Any] = {
     "target_modules": (),
     "double_quant": False,
     "prepare_kbit": False,
+    "prediction_loss_only": True,
 }
 
 
-def _unused(method: str, parallel: str) -> list[str]:
+def unused(method: str, parallel: str, phases: Sequence[str]) -> list[str]:
     """The options that mean nothing in such a run."""
     return [
+        *(name for phase, names in _OF_PHASES.items() if phase not in phases for name in names),
         *(_LORA if method == "full" else ()),
         *(_KBIT if method != "qlora" else ()),
         *(_SHARDING if parallel in ("none", "ddp") else ()),
     ]
 
 
-def _refuse_unused(method: str, given: Mapping[str, Any]) -> None:
-    for name in _unused(method, ""):
+def _refuse_unused(method: str, phases: Sequence[str], given: Mapping[str, Any]) -> None:
+    for phase, names in _OF_PHASES.items():
+        for name in names:
+            if name in given and phase not in phases:
+                raise UsageError(
+                    f"{name} {str(given[name]).lower()} belongs to {phase}, and the phases are {', '.join(phases)}; "
+                    f"leave it out or add --phases {','.join([*phases, phase])}"
+                )
+    for name in unused(method, "", PHASES):
         if name in given:
             owners = "lora and qlora" if name in _LORA else "qlora"
             value = given[name]
@@ -368,7 +436,29 @@ def _refuse_contradictions(run: TrainingOptions) -> None:
             "attention flash_attention_2 computes in fp16 or bf16 only, and here everything is fp32; "
             "add --mixed-precision bf16 or choose --attention sdpa"
         )
+    _refuse_phases(run)
     _refuse_parallel(run)
+
+
+def _refuse_phases(run: TrainingOptions) -> None:
+    if "merging" in run.phases and not run.lora:
+        raise UsageError(
+            "phases names merging, and full fine-tuning has no adapter to merge; leave it out or choose --method lora"
+        )
+    if not run.prediction_loss_only and not (run.eval_accumulation_steps or run.eval_examples):
+        raise UsageError(
+            "without prediction_loss_only an evaluation keeps the logits of all its batches; say how many examples "
+            "those are (--eval-examples) or after how many batches they move to the host (--eval-accumulation-steps)"
+        )
+    if run.prediction_loss_only and run.eval_examples:
+        raise UsageError(
+            f"eval_examples {run.eval_examples} matters only where logits are kept; leave it out or add "
+            "--no-prediction-loss-only"
+        )
+    if run.num_gpus > 1 and run.phases != ("training",):
+        raise UsageError(
+            f"num_gpus is {run.num_gpus}, and only training is planned for several GPUs; leave out --phases"
+        )
 
 
 def _refuse_parallel(run: TrainingOptions) -> None:
@@ -405,17 +495,22 @@ def _refuse_unsupported(run: TrainingOptions) -> None:
 
 def _positions(options: TrainingOptions, architecture: Architecture) -> list[str]:
     most = architecture.config.get("max_position_embeddings")
-    if not isinstance(most, int) or options.seq_len <= most:
+    if not isinstance(most, int):
         return []
     ways = {layer.attention.position for layer in architecture.kinds}
-    if "learned" in ways:
-        raise UsageError(
-            f"seq_len {options.seq_len} is longer than the {most} learned positions of this {architecture.model_type} "
-            f"(max_position_embeddings); choose at most {most} (--seq-len)"
-        )
-    if "rotary" not in ways:
-        return []
-    return [f"seq_len {options.seq_len} is beyond the {most} positions of the model (max_position_embeddings)"]
+    warnings = []
+    for name, length, flag in (
+        ("seq_len", options.seq_len, "--seq-len"),
+        ("prompt_len + max_new_tokens", options.prompt_len + options.max_new_tokens, "--prompt-len"),
+    ):
+        if length > most and "learned" in ways:
+            raise UsageError(
+                f"{name} {length} is longer than the {most} learned positions of this {architecture.model_type} "
+                f"(max_position_embeddings); choose at most {most} ({flag})"
+            )
+        if length > most and "rotary" in ways:
+            warnings.append(f"{name} {length} is beyond the {most} positions of the model (max_position_embeddings)")
+    return warnings
 
 
 def _on_gpu(options: TrainingOptions, gpu: Gpu | None) -> tuple[TrainingOptions, list[str]]:

@@ -6,6 +6,7 @@ twentieth of a replay's time (quick.py).
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vramplan.planner import memory
 from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError
-from vramplan.planner.fit import judged, room_bytes
+from vramplan.planner.fit import fit_on, judged, room_bytes
 from vramplan.planner.plan import _count, _learned, abilities
 from vramplan.planner.quick import peak_bytes
 from vramplan.planner.training import flags, parse_options, settle
@@ -40,13 +41,18 @@ def command(
     gpu: str,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
+    prices: str | os.PathLike[str] | None = None,
 ) -> str:
     """The command that plans a run, ready for a shell; `model` as it was named."""
     versions = ",".join(f"{name}={version}" for name, version in stack.items()) if isinstance(stack, Mapping) else stack
     words = ["vramplan", shlex.quote(str(model)), flags(asked), "--gpu", shlex.quote(gpu)]
     if versions:
         words += ["--stack", shlex.quote(versions)]
-    return " ".join([*filter(None, words), *([] if calibration else ["--no-calibration"])])
+    if not calibration:
+        words.append("--no-calibration")
+    if prices is not None:
+        words += ["--prices", shlex.quote(os.fspath(prices))]
+    return " ".join(filter(None, words))
 
 
 def one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
@@ -56,7 +62,7 @@ def one_after_another(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A set of options on a GPU; `runs_out` is the phase in which memory does, empty where it does not.
+    """A set of options on a GPU; `runs_out` is the phase in which memory does, where it was looked for.
 
     `refused` says why there can be no such run: then there are neither options nor a fit.
     """
@@ -107,7 +113,7 @@ class Bench:
         self.on = device(gpu, stack, self.known)
         self.room_bytes = room_bytes(gpu, self.on)
         self._shared = shared
-        self._possible: dict[TrainingOptions, bool] = {}
+        self._peaks: dict[TrainingOptions, int] = {}
         self._replayed: dict[tuple[TrainingOptions, int | None], MemoryEstimate] = {}
 
     def options(self, asked: Mapping[str, object]) -> TrainingOptions:
@@ -117,30 +123,41 @@ class Bench:
     def possible(self, asked: Mapping[str, object]) -> bool:
         """Whether the run's tensors alone would find room; False also where there can be no such run."""
         try:
-            options = self.options(asked)
-            if options not in self._possible:
-                self._possible[options] = peak_bytes(self._run(options)) <= self.room_bytes
+            return self._peak(self.options(asked)) <= self.room_bytes
         except UsageError:
             return False
-        return self._possible[options]
+
+    def spare_bytes(self, asked: Mapping[str, object]) -> int:
+        """What a run leaves of the room with its whole cache; below 0 what is too much, or no such run."""
+        try:
+            return self.room_bytes - self._replay(self.options(asked)).peak_reserved_bytes
+        except UsageError:
+            return -self.room_bytes
 
     def roomy(self, asked: Mapping[str, object]) -> bool:
         """Whether the run fits with its whole cache."""
-        return self.possible(asked) and self._replay(self.options(asked)).peak_reserved_bytes <= self.room_bytes
+        return self.possible(asked) and self.spare_bytes(asked) >= 0
 
     def survives(self, asked: Mapping[str, object]) -> bool:
         """Whether it fits, be it only just."""
-        return self.roomy(asked) or (self.possible(asked) and self.trial(asked).survives)
+        return self.possible(asked) and not self._replay(self.options(asked), self.room_bytes).out_of_memory
 
-    def trial(self, asked: Mapping[str, object]) -> Trial:
-        """The whole verdict on a run, and where it fails how."""
+    def trial(self, asked: Mapping[str, object], closely: bool = True) -> Trial:
+        """The whole verdict on a run, and where it fails how.
+
+        Not `closely`, a run whose tensors alone are too much is not replayed: its fit says the least that it needs.
+        """
         try:
             options = self.options(asked)
+            if not closely and self._peak(options) > self.room_bytes:
+                needed = self._peak(options) + self.gpu.budget_bytes - self.room_bytes
+                return Trial(options, fit_on(self.gpu, needed, abilities(options)))
             played = self._replay(options)
         except UsageError as error:
             return Trial(None, None, refused=str(error))
         fit = judged(self.gpu, played, lambda room: self._replay(options, room), abilities(options))
-        return Trial(options, fit, "" if fit.fits else self._replay(options, self.room_bytes).out_of_memory)
+        failing = closely and not fit.fits
+        return Trial(options, fit, self._replay(options, self.room_bytes).out_of_memory if failing else "")
 
     def time(self, options: TrainingOptions) -> StepTime | None:
         """What a step takes there; None where the GPU's rates are not known."""
@@ -154,6 +171,11 @@ class Bench:
 
         return throughput.span_of(throughput.work(self._run(options)), self.gpu, self.known)
 
+    def _peak(self, options: TrainingOptions) -> int:
+        if options not in self._peaks:
+            self._peaks[options] = peak_bytes(self._run(options))
+        return self._peaks[options]
+
     def _run(self, options: TrainingOptions) -> Run:
         return memory.run_of(self.architecture, options, self.on, _count(self.architecture, options))
 
@@ -164,7 +186,7 @@ class Bench:
 
     def _replay_now(self, options: TrainingOptions, room: int | None) -> MemoryEstimate:
         counts = _count(self.architecture, options)
-        if self._shared is None:
+        if self._shared is None or options.phases != ("training",):  # of those the events say nothing
             return memory.estimate(self.architecture, options, self.on, counts, room)
         key = (_events(self._run(options)), options.expandable_segments, room)
         if key not in self._shared:

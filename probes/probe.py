@@ -25,6 +25,7 @@ from vramplan.planner import calibration, memory
 from vramplan.planner.errors import Failure, UsageError, reason, shown
 from vramplan.planner.plan import plan
 from vramplan.planner.stack import KNOWN, installed, parse_stack
+from vramplan.planner.training import refuse_phases
 from vramplan.planner.units import MIB, format_gib, parse_size
 from vramplan.probes import probe_cases, probe_gpu
 from vramplan.probes.probe_cases import Case, Machine
@@ -575,6 +576,7 @@ def _refuse(
         if quick and full:
             raise UsageError("--quick and --full contradict each other; choose one")
         return
+    refuse_phases(options, "a probe")
     if quick or full:
         what = "--quick" if quick else "--full"
         raise UsageError(f"{what} is for calibrating, which takes no MODEL; leave one of them out")

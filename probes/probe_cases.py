@@ -28,7 +28,7 @@ STEPS = 4  # the planner plays as many: the first makes states, the second meets
 TOKEN_STEP = 64  # of a boundary over seq_len
 _MOST_BATCH, _MOST_TOKENS = 100_000, 2**20
 # Options that say nothing of what the GPU holds.
-_NOT_MEASURED = ("num_gpus", "parallel", "examples", "tokens_per_example", "epochs")
+_NOT_MEASURED = ("num_gpus", "parallel", "examples", "tokens_per_example", "epochs", "phases")
 
 
 @dataclass(frozen=True, slots=True)

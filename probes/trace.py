@@ -21,7 +21,7 @@ from vramplan.planner.plan import abilities, fits, memory_dict
 from vramplan.planner.plan import plan as make_plan
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import installed, parse_stack
-from vramplan.planner.training import parse_options
+from vramplan.planner.training import parse_options, refuse_phases
 
 if TYPE_CHECKING:
     import os
@@ -96,6 +96,7 @@ class Trace:
             "time": {},
             "gpu": self.fit.to_dict() if self.fit else None,
             "gpus": [fit.to_dict() for fit in self.gpus],
+            "sizes": known.get("sizes", []),
             "cost": [],
             "warnings": known.get("warnings", []),
             "calibration": known.get("calibration", {}),
@@ -140,6 +141,7 @@ def trace(
     The versions are those that are installed. Raises UsageError for a wrong question or for what only a GPU can show,
     and Failure where a package is missing.
     """
+    refuse_phases(options, "a trace")
     asked = parse_options(options)
     versions = _installed_only(stack)
     card = None if gpu is None else catalog.gpu(gpu)

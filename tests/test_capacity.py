@@ -13,7 +13,7 @@ from vramplan import UsageError, plan
 from vramplan.planner import capacity, cli
 from vramplan.planner.capacity import Capacity, Cell, Limit, fit
 from vramplan.planner.report import plain
-from vramplan.planner.report_decide import fit_page
+from vramplan.planner.report_decide import _commands, fit_page
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.trial import Bench, command
 
@@ -239,9 +239,21 @@ def test_a_profile_names_the_model_and_the_gpu(run: Any, tmp_path: Path) -> None
 
 def test_commands_are_ready_for_a_shell() -> None:
     asked = {"target_modules": ["q_proj", "v_proj"], "padded": True, "double_quant": "false", "epochs": 1.5}
-    line = command("./my model", asked, "A100 80GB", {"torch": "2.11"}, calibration=False)
+    line = command("./my model", asked, "A100 80GB", {"torch": "2.11"}, calibration=False, prices="my prices.csv")
     assert line == (
         "vramplan './my model' --target-modules q_proj,v_proj --padded --no-double-quant --epochs 1.5 "
-        "--gpu 'A100 80GB' --stack torch=2.11 --no-calibration"
+        "--gpu 'A100 80GB' --stack torch=2.11 --no-calibration --prices 'my prices.csv'"
     )
     assert command("gpt2", {}, "t4") == "vramplan gpt2 --gpu t4"
+
+
+def test_long_commands_can_be_pasted() -> None:
+    line = f"vramplan './my model' --seq-len 4096 --target-modules {','.join(['q_proj'] * 8)} --trainer trl --gpu 'A 1'"
+    rows = _commands([line, line, "vramplan gpt2"]).rows
+    text = "\n".join(row.cells[0] for row in rows)
+    assert max(map(len, text.splitlines())) <= 80
+    assert " \\\n  " in text
+    assert [shlex.split(each) for each in text.replace("\\\n", "").splitlines()] == [
+        shlex.split(line),
+        ["vramplan", "gpt2"],
+    ]

@@ -15,7 +15,7 @@ import pytest
 
 from vramplan import Plan, UsageError, plan
 from vramplan.planner import cli, loading, parameters, report_table, stack
-from vramplan.planner.report import hours
+from vramplan.planner.report import short
 from vramplan.planner.table import table
 from vramplan.planner.training import flags
 from vramplan.planner.units import GB
@@ -294,7 +294,7 @@ def dollars() -> str:
     lines = []
     for says, typed, cost in runs:
         where = (LATER, "", "") if cost is None else (
-            f"{cost.usd:.2f}", f"{hours(cost.hours)} ({hours(cost.hours_low)}-{hours(cost.hours_high)})",
+            f"{cost.usd:.2f}", f"{short(cost.hours)} ({short(cost.hours_low)}-{short(cost.hours_high)})",
             f"{cost.offer.gpu}, {cost.offer.provider} {cost.offer.kind} {cost.offer.date}",
         )  # fmt: skip
         lines.append((says, *where, typed))

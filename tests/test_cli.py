@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from vramplan.planner.errors import Failure
 from vramplan.planner.training import OPTIONS
 from vramplan.probes import probe
 
+CONFIGS = Path(__file__).parent / "data" / "configs"
 COMMANDS = {"vramplan": cli.cli, **{f"vramplan {name}": command for name, command in cli.cli.commands.items()}}
 
 
@@ -293,6 +295,7 @@ def test_every_command_has_examples_that_run(name: str, run: Any, monkeypatch: p
     Path("my-model").mkdir()
     Path("my-model/config.json").write_text(json.dumps(TINY))
     Path("my-runs.jsonl").write_text(verify.bundled()[0].read_text("utf-8").partition("\n")[0])
+    shutil.copytree(CONFIGS, ".", dirs_exist_ok=True)
     monkeypatch.setattr(verify, "bundled", lambda: [Path("my-runs.jsonl")])  # all of them are test_measured's
     monkeypatch.setattr(probe, "probe", no_gpu)  # test_probe.py plays one
     for line in lines:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan.planner.catalog import Gpu
-from vramplan.planner.fit import Boundary, judged, largest, room_bytes
+from vramplan.planner.fit import Boundary, judged, largest, largest_with, room_bytes
 
 CARD = Gpu("card", "a card", budget_bytes=1000, bf16=False)
 
@@ -62,24 +62,51 @@ def test_it_is_what_trying_every_size_gives(limit: int, step: int, most: int) ->
     assert largest(lambda size: size <= limit, step, most) == expected
 
 
-@given(limit=st.integers(0, 3000), more=st.integers(0, 500), step=st.integers(1, 70), most=st.integers(1, 4000))
-def test_a_cheaper_answer_changes_nothing_but_the_effort(limit: int, more: int, step: int, most: int) -> None:
+@given(
+    limit=st.integers(0, 3000), more=st.integers(0, 500), fixed=st.integers(0, 10**6), each=st.integers(1, 10**6),
+    bend=st.floats(0.5, 2), most=st.integers(1, 4000),
+)  # fmt: skip
+def test_following_the_line_finds_the_same(
+    limit: int, more: int, fixed: int, each: int, bend: float, most: int
+) -> None:
     tried: list[int] = []
 
-    def survives(size: int) -> bool:
-        tried.append(size)
-        return size <= limit
+    def needed(size: int) -> int:
+        return fixed + int(each * size**bend)
 
-    found = largest(survives, step, most, possible=lambda size: size <= limit + more)
-    assert found == largest(lambda size: size <= limit, step, most)
-    assert max(tried, default=0) <= limit + more
-    assert len(tried) <= 2 * (more // step + 1).bit_length()
+    def spare(size: int) -> int:
+        tried.append(size)
+        return needed(limit) - needed(size)
+
+    top = next((n for n in range(limit, 5000) if needed(n) > needed(limit)), 5000) - 1  # the last that needs no more
+    found = largest_with(spare, lambda size: size <= top + more, most)
+    assert found == largest(lambda size: size <= top, 1, most)
+    assert len(tried) == len(set(tried))
+    assert max(tried, default=0) <= top + more
+    assert len(tried) <= 2 + 2 * most.bit_length()
+
+
+@given(fixed=st.integers(0, 10**6), each=st.integers(2, 10**6), limit=st.integers(1, 3000), more=st.integers(0, 500))
+def test_a_straight_line_takes_few_trials(fixed: int, each: int, limit: int, more: int) -> None:
+    tried: list[int] = []
+
+    def spare(size: int) -> int:
+        tried.append(size)
+        return fixed + each * limit + each // 2 - fixed - each * size
+
+    assert largest_with(spare, lambda size: size <= limit + more, 4000) == Boundary(limit, limit + 1)
+    assert len(tried) <= 5
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60))
 def test_where_memory_is_ragged_both_sides_are_still_true(survivors: set[int], top: int) -> None:
-    for possible in (None, lambda size: size <= top):
-        found = largest(lambda size: size in survivors and size <= top, 1, 60, possible)
-        assert found.survives is None or found.survives in survivors
-        assert found.fails is None or found.fails not in survivors or found.fails > top
+    def survives(size: int) -> bool:
+        return size in survivors and size <= top
+
+    for found in (
+        largest(survives, 1, 60),
+        largest_with(lambda size: 1 if survives(size) else -1, lambda size: size <= top, 60),
+    ):
+        assert found.survives is None or survives(found.survives)
+        assert found.fails is None or not survives(found.fails)
         assert found.fails is None or found.fails == (found.survives or 0) + 1

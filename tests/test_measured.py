@@ -4,7 +4,8 @@ The 84 of h200-single-gpu.jsonl were there while the ops were written; the 91 of
 mixtures of experts, trl, expandable segments) were measured when the ops stood, to see whether they hold elsewhere.
 `vramplan probe` itself measured the 13 of h200-probe.jsonl (10 of them what it runs without a model) and the 42 of
 h200-boundaries.jsonl: QLoRA at sizes on both sides of where memory runs out, PyTorch held to what a card of 8, 16, 24
-or 80 GiB would leave it.
+or 80 GiB would leave it. h200-phases.jsonl is of loading, evaluation, saving, generation and merging, a row each, of 20
+whole models and 20 of few layers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KNOWN, OTHERS = "h200-single-gpu.jsonl", "h200-other-models.jsonl"
 PROBED, BOUNDARIES = "h200-probe.jsonl", "h200-boundaries.jsonl"
+PHASES = "h200-phases.jsonl"
 # It survived, and is planned to run out.
 MISSED = {"llama-3.2-1b-batch_size=3-seq_len=1024-room=7.24GiB"}
 
@@ -41,7 +43,7 @@ def spread(name: str, figure: str) -> Spread:
 
 
 def test_these_are_the_files() -> None:
-    assert {KNOWN, OTHERS, PROBED, BOUNDARIES} == {file.name for file in verify.bundled()}
+    assert {KNOWN, OTHERS, PROBED, BOUNDARIES, PHASES} == {file.name for file in verify.bundled()}
 
 
 @pytest.mark.parametrize("name", [KNOWN, OTHERS, PROBED])
@@ -113,3 +115,19 @@ def test_the_time_of_a_step() -> None:
     assert len(found) > 200
     assert median(found) < 0.15
     assert sum(error < 0.35 for error in found) > 0.9 * len(found)
+
+
+@pytest.mark.parametrize("phase", ["loading", "evaluation", "saving", "generation", "merging"])
+def test_the_other_phases(phase: str) -> None:
+    found = [each for each in scores(PHASES) if each.run.options["phases"] == [phase]]
+    assert [each.failed for each in found if each.failed] == []
+    allocated = verify.spread([each.errors["allocated"] for each in found])
+    assert allocated.n >= 3
+    assert allocated.median < 1e-5
+    assert abs(allocated.worst) < 0.01
+    reserved = [each.errors["reserved"] for each in found if "reserved" in each.errors]
+    if phase == "saving":  # an evaluation ran before it there
+        assert reserved == []
+    else:
+        assert verify.spread(reserved).median < 1e-5
+        assert verify.spread(reserved).p95 < 0.05

@@ -600,7 +600,7 @@ def test_a_mig_slice_is_said(
         ({"bitsandbytes": "bitsandbytes does not work"}, ("--method", "lora"), 0, "1 of 1 run as planned"),
         (
             {"name": "Tesla T4", "capability": [7, 5], "total_bytes": 14_913 * MIB, "bf16": False},
-            (),
+            ("--weights-dtype", "bf16"),
             2,
             "Tesla T4 has no bf16; add --weights-dtype fp16 --mixed-precision fp16",
         ),

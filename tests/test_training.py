@@ -60,6 +60,14 @@ def test_defaults_are_those_of_the_contract() -> None:
         "examples": 1000,
         "tokens_per_example": 2048,
         "epochs": 3,
+        "phases": ["training"],
+        "per_device_eval_batch_size": None,
+        "prediction_loss_only": None,
+        "eval_accumulation_steps": None,
+        "eval_examples": None,
+        "generation_batch_size": None,
+        "prompt_len": None,
+        "max_new_tokens": None,
     }
 
 

@@ -1,0 +1,382 @@
+"""A run that another framework's config describes, as options of a plan: each with the key it came from.
+
+`frameworks` holds the keys; here files are read, the framework is found by its keys, and what no plan can follow is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.planner.documents import Computed, Document, load
+from vramplan.planner.errors import UsageError, shown, unknown
+from vramplan.planner.frameworks import (
+    ACCELERATE,
+    FRAMEWORKS,
+    PEFT_DEFAULT,
+    PEFT_TARGETS,
+    SFT,
+    TRANSFORMERS,
+    Framework,
+    is_on,
+    same,
+)
+from vramplan.planner.training import OPTIONS, PHASES, read_value, unused
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+COMMAND_LINE = "the command line"
+_COMMENT = "the comment of the export"
+_MOST_FILES = 50  # of a folder
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What files say of a run.
+
+    `options` go to `plan`; `sources` says where each came from. `evidence` are keys that only this framework has,
+    `refused` keys that no plan can follow, each with the reason, `notes` what a plan does otherwise, `unknown` keys
+    that the framework lacks, `harmless` keys without an effect on memory.
+    """
+
+    files: tuple[str, ...]
+    framework: Framework
+    evidence: tuple[str, ...]
+    model: str
+    options: dict[str, Any]
+    sources: dict[str, str]
+    refused: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reading as JSON."""
+        return {
+            "files": list(self.files),
+            "framework": self.framework.name,
+            "evidence": list(self.evidence),
+            "options": {
+                name: {"value": value, "from": self.sources[name]}
+                for name, value in ({"model": self.model} | self.options).items()
+            },
+            "notes": list(self.notes),
+            "unknown": list(self.unknown),
+            "harmless": list(self.harmless),
+        }
+
+
+def read(
+    files: Sequence[str], *, framework: str | None = None, ignore: Collection[str] = (), **asked: object
+) -> Reading:
+    """What a config, a script, or TrainingArguments with an adapter's config say of a run.
+
+    `framework` settles whose keys they are; keys in `ignore` are read as if they were not there; `asked` are options,
+    and `model`, that go before what files say. Raises UsageError for files that cannot be read, for keys that change
+    memory as no plan can follow, and where the framework is not clear.
+    """
+    if framework is not None and framework not in FRAMEWORKS:
+        raise unknown("framework", framework, FRAMEWORKS, "--from")
+    documents = [document for file in files for document in _documents(file)]
+    if not documents:
+        raise UsageError("no file is named; name a config, or a folder that holds one (FILE)")
+    values: dict[str, Any] = {}
+    for document in documents:
+        values |= document.values
+    where = " and ".join(shown(each.path) for each in documents)
+    found, evidence = _framework(values, documents, framework, where)
+    if len(documents) > 2 or (len(documents) == 2 and found.name != "transformers"):
+        raise UsageError(
+            f"{where} are read together only as TrainingArguments and an adapter's config; name one (FILE)"
+        )
+    marked = _marked(" ".join(each.marked for each in documents))
+    try:
+        reading = interpret(
+            values,
+            found,
+            marked=marked,
+            ignore=ignore,
+            asked=asked,
+            files=tuple(each.path for each in documents),
+            evidence=evidence,
+        )
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    for key, text in reading.refused.items():
+        others = [each for each in reading.refused if each != key]
+        more = f" (so it is with {', '.join(others)})" if others else ""
+        raise UsageError(
+            f"{where}: {key} cannot be planned: {text}; change it, or leave it out by --ignore {key}{more}"
+        )
+    return reading
+
+
+def interpret(
+    values: Mapping[str, Any],
+    framework: Framework,
+    *,
+    marked: Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+    asked: Mapping[str, Any] | None = None,
+    files: tuple[str, ...] = (),
+    evidence: tuple[str, ...] = (),
+) -> Reading:
+    """The same of a framework's keys and values; `marked` are options that an exported file says beside its keys."""
+    asked, marked = dict(asked or {}), dict(marked or {})
+    for key in ignore:
+        if key not in values and key not in framework.known:
+            raise unknown("key", key, values, "--ignore")
+    given = {
+        key: value
+        for key, value in values.items()
+        if key not in ignore and (value is not None or key in framework.nullable)
+    }
+    view = {key: value for key, value in framework.defaults.items() if key not in ignore} | given
+    view |= _overridden(framework, asked)
+    model = _model(framework, given, marked, asked)
+    options, sources = _options(framework, given, view, marked, asked, model)
+    refused, notes = _remarks(framework, given, view)
+    strangers = [key for key in given if key not in framework.known and not key.startswith("_")]
+    if any(isinstance(value, Computed) or key.isupper() for key, value in given.items()):
+        strangers = [key for key in strangers if not key.isupper()]
+    return Reading(
+        files=files,
+        framework=framework,
+        evidence=evidence,
+        model=model,
+        options=options,
+        sources={"model": COMMAND_LINE if "model" in asked else _model_key(framework, given)} | sources,
+        refused=refused,
+        notes=tuple(f"{key}: {text}" for key, text in notes.items()),
+        unknown=tuple(_unknown(key, framework) for key in strangers),
+        harmless=tuple(sorted(key for key in given if key in framework.harmless and not key.endswith("()"))),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def _documents(file: str) -> list[Document]:
+    path = Path(file)
+    try:
+        folder = path.is_dir()
+    except (OSError, ValueError):
+        folder = False
+    if not folder:
+        return [load(file)]
+    candidates = sorted(each for each in path.iterdir() if each.suffix == ".json" and each.is_file())[:_MOST_FILES]
+    found = []
+    for each in candidates:
+        try:
+            document = load(each)
+        except UsageError:  # a tokenizer's, an index of weights: larger, or no options by name
+            continue
+        if "peft_type" in document.values or _is_training_arguments(document.values):
+            found.append(document)
+    if not found:
+        pickled = ", and training_args.bin is a pickle, which is never read" * (path / "training_args.bin").exists()
+        raise UsageError(
+            f"{shown(file)} holds no TrainingArguments or adapter_config.json as JSON{pickled}; name a file (FILE)"
+        )
+    return found
+
+
+def _is_training_arguments(values: Mapping[str, Any]) -> bool:
+    return len({"output_dir", "per_device_train_batch_size", "optim", "learning_rate"} & set(values)) > 1
+
+
+def _framework(
+    values: Mapping[str, Any], documents: Sequence[Document], name: str | None, where: str
+) -> tuple[Framework, tuple[str, ...]]:
+    """Whose keys these are, and the keys that say so: those that no other framework has."""
+    kind = documents[0].kind
+    if kind == "python":
+        calls = tuple(key.removesuffix("()") for key in values if key.endswith("()"))
+        if not calls:
+            raise UsageError(f"{where} calls neither TrainingArguments nor SFTConfig; there is nothing to read (FILE)")
+        if name not in (None, "transformers", "trl"):
+            raise UsageError(f"{where} is a script, which is read as transformers' or trl's; leave out --from {name}")
+        return SFT if name == "trl" else _variant(TRANSFORMERS, values, kind), calls
+    if name is not None:
+        return _variant(FRAMEWORKS[name], values, kind), ("--from",)
+    known = {each.name: each.known for each in FRAMEWORKS.values()}
+    known["transformers"] = SFT.known if kind == "json" else frozenset()  # nobody has these as YAML
+    own: dict[str, list[str]] = {}
+    for key in values:
+        holders = [each for each, keys in known.items() if key in keys]
+        if len(holders) == 1:
+            own.setdefault(holders[0], []).append(key)
+    if len(own) > 1:
+        said = "; ".join(f"{each} by {', '.join(keys[:3])}" for each, keys in own.items())
+        raise UsageError(f"{where} could be of more than one framework: {said}; say which by --from")
+    if own:
+        [(winner, keys)] = own.items()
+        return _variant(FRAMEWORKS[winner], values, kind), tuple(keys[:4])
+    if kind == "json" and _is_training_arguments(values):
+        return _variant(TRANSFORMERS, values, "json"), ("TrainingArguments' keys",)
+    names = "|".join(FRAMEWORKS)
+    raise UsageError(f"{where} has no key that tells whose config it is; say which by --from {names}")
+
+
+def _variant(framework: Framework, values: Mapping[str, Any], kind: str) -> Framework:
+    """SFTConfig's defaults in the place of TrainingArguments', where trl's trainer is used."""
+    if framework is not TRANSFORMERS:
+        return framework
+    if kind == "python":
+        sft = "SFTConfig()" in values or values.get("trainer") == "SFTTrainer"
+    else:
+        sft = any(key in SFT.known - TRANSFORMERS.known or key == "max_length" for key in values)
+    return SFT if sft else framework
+
+
+def _marked(text: str) -> dict[str, Any]:
+    """The options of an exported file's comment, as they are typed; the one word that is no option is the model."""
+    found: dict[str, Any] = {}
+    flags = {option.flag: option for option in OPTIONS.values()}
+    try:
+        words = iter(shlex.split(text))
+    except ValueError:
+        words = iter(())
+    for word in words:
+        option = flags.get(word) or flags.get(word.replace("--no-", "--", 1))
+        if option is None:
+            if word.startswith("-") or "model" in found:
+                raise unknown("option in the comment of an export:", word, flags, "FILE")
+            found["model"] = word
+        elif option.kind == "flag":
+            found[option.name] = not word.startswith("--no-")
+        else:
+            found[option.name] = next(words, "")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+
+
+def _options(
+    framework: Framework,
+    given: Mapping[str, Any],
+    view: Mapping[str, Any],
+    marked: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    model: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every option that the command line, a comment, keys or the framework's defaults decide, and which of these."""
+    options: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    method = None
+    for name in OPTIONS:  # the method comes first
+        if method is not None and name in unused(method, "fsdp", PHASES) and name not in asked:
+            continue
+        for said, source in ((asked, COMMAND_LINE), (marked, _COMMENT)):
+            if said.get(name) is not None:
+                options[name], sources[name] = said[name], source
+                break
+        else:
+            value, source = _by_key(name, framework, given, view, model)
+            if value is not None:
+                options[name], sources[name] = value, source
+        if name == "method":
+            method = options.get("method")
+    return options, sources
+
+
+def _overridden(framework: Framework, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that the command line goes before: other options follow from the batch, for example."""
+    return {
+        rule.keys[0]: read_value(OPTIONS[name], asked[name])
+        for name, rule in framework.rules.items()
+        if rule.value is same and asked.get(name) is not None
+    }
+
+
+def _by_key(
+    name: str, framework: Framework, given: Mapping[str, Any], view: Mapping[str, Any], model: str
+) -> tuple[Any, str]:
+    if name in framework.fixed:
+        value, why = framework.fixed[name]
+        return value, why
+    rule = framework.rules.get(name)
+    if rule is None:
+        return None, ""
+    keys = [key for key in rule.keys if key in given]
+    if lines := [given[key].line for key in keys if isinstance(given[key], Computed)]:
+        raise UsageError(
+            f"{keys[0]} is worked out in line {lines[0]}, which only running it would show; name {OPTIONS[name].flag}"
+        )
+    source = ", ".join(_label(key) for key in keys) or f"default of {_label(rule.keys[0])}"
+    try:
+        value = rule.value(*(view.get(key) for key in (*rule.keys, *rule.more)))
+        if value == PEFT_DEFAULT:
+            value, source = _peft_targets(model), f"PEFT's default for this model, without {rule.keys[0]}"
+        value = None if value is None else read_value(OPTIONS[name], value)
+    except UsageError as error:
+        raise UsageError(f"{', '.join(keys) or rule.keys[0]}: {error}") from None
+    if rule.assumed:
+        source = f"assumed from {', '.join(map(_label, keys or rule.keys))}"
+    return value, source
+
+
+def _label(key: str) -> str:
+    return key.replace("()", "")
+
+
+def _peft_targets(model: str) -> tuple[str, ...]:
+    from vramplan.planner.sources import resolve_model
+
+    kind = resolve_model(model).config.get("model_type")
+    if kind not in PEFT_TARGETS:
+        raise UsageError(f"PEFT has no default modules for {shown(kind)}; name them (--target-modules)")
+    return PEFT_TARGETS[kind]
+
+
+def _model_key(framework: Framework, given: Mapping[str, Any]) -> str:
+    return next((key for key in framework.model if given.get(key)), _COMMENT)
+
+
+def _model(framework: Framework, given: Mapping[str, Any], marked: Mapping[str, Any], asked: dict[str, Any]) -> str:
+    if asked.get("model") is not None:
+        return str(asked["model"])
+    found = given.get(_model_key(framework, given), marked.get("model"))
+    if isinstance(found, Computed):
+        raise UsageError(
+            f"the model is worked out in line {found.line}, which only running it would show; name --model"
+        )
+    if not isinstance(found, str):
+        keys = " or ".join(framework.model) or "it"
+        rest = " beside a file that vramplan export made" if framework is ACCELERATE else ""
+        raise UsageError(f"{keys} names no model; name one by --model{rest}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the remarks
+
+
+def _remarks(
+    framework: Framework, given: Mapping[str, Any], view: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What is refused and what is noted, by key."""
+    refused: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for remark in framework.remarks:
+        if remark.when is None:
+            keys: Iterable[str] = (key for key in remark.keys if is_on(view.get(key)))
+        else:
+            keys = (next((key for key in remark.keys if key in given), remark.keys[0]),) if remark.when(view) else ()
+        for key in keys:
+            (refused if remark.refused else notes)[key] = remark.text
+    return refused, notes
+
+
+def _unknown(key: str, framework: Framework) -> str:
+    from difflib import get_close_matches
+
+    matter = {each for rule in framework.rules.values() for each in rule.keys}
+    typed = [each for each in framework.known if each.islower() and not each.endswith("()")]
+    close = get_close_matches(key[:100], sorted(typed), 1, cutoff=0.8)
+    meant = f"; {close[0]}{', which decides the plan,' * (close[0] in matter)} may be meant" if close else ""
+    return f"{shown(key)} is no key of {framework.title}{meant}"

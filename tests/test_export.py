@@ -1,0 +1,293 @@
+"""Exported files: they say exactly the plan, and run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import small
+
+from vramplan import plan
+from vramplan.planner import cli
+from vramplan.planner.configs import read
+from vramplan.planner.errors import UsageError
+from vramplan.planner.export import TARGETS, export
+from vramplan.planner.training import OPTIONS, parse_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(small("llama")))
+    return str(folder)
+
+
+OPTIONAL: dict[str, st.SearchStrategy[Any]] = {
+    "method": st.sampled_from(["qlora", "lora", "full"]),
+    "batch_size": st.sampled_from([1, 2, 8]),
+    "seq_len": st.sampled_from([16, 64]),
+    "padded": st.booleans(),
+    "gradient_accumulation_steps": st.sampled_from([1, 4]),
+    "gradient_checkpointing": st.booleans(),
+    "optimizer": st.sampled_from(["adamw_torch_fused", "adafactor", "paged_adamw_8bit", "sgd"]),
+    "weights_dtype": st.sampled_from(["bf16", "fp16", "fp32"]),
+    "mixed_precision": st.sampled_from(["bf16", "fp16", "no"]),
+    "attention": st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
+    "trainer": st.sampled_from(["transformers", "trl"]),
+    "expandable_segments": st.booleans(),
+    "examples": st.sampled_from([1, 300]),
+    "tokens_per_example": st.sampled_from([16, 20]),
+    "epochs": st.sampled_from([1, 0.5]),
+    "rank": st.sampled_from([1, 64]),
+    "lora_alpha": st.sampled_from([1, 7.5]),
+    "lora_dropout": st.sampled_from([0.0, 0.05]),
+    "target_modules": st.sampled_from(["all-linear", "attention", "mlp", "attention,up_proj", ["q_proj", "v_proj"]]),
+    "double_quant": st.booleans(),
+    "prepare_kbit": st.booleans(),
+}
+asked = st.fixed_dictionaries({}, optional=OPTIONAL)
+
+
+def spelled(options: dict[str, Any], names: Any) -> dict[str, Any]:
+    """The options as an export has them: PEFT knows modules, not what attention means."""
+    targets = options["target_modules"]
+    group = targets is not None and targets != "all-linear"
+    return options | {"target_modules": list(names)} if group else options
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=60)
+@given(asked=asked)
+def test_check_gives_the_options_that_were_exported(
+    target: str, asked: dict[str, Any], model: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    try:
+        made = plan(model, stack={}, **asked)
+        found = export(made, target, command="vramplan export")
+    except UsageError:
+        return
+    file = tmp_path_factory.getbasetemp() / f"{target}.{'py' if target == 'script' else 'yml'}"
+    file.write_text(found.text)
+    reading = read([str(file)])
+    assert parse_options(reading.options).as_dict() == found.options.as_dict()
+    assert reading.model == model
+    beside = {name for name, source in reading.sources.items() if "comment" in source}
+    assert target == "accelerate" or beside <= {"padded", "examples", "tokens_per_example", "expandable_segments"}
+    assert not reading.unknown
+    assert not reading.notes
+    # What was asked for is what it runs, and what it makes otherwise it says.
+    ours, theirs = spelled(made.options.as_dict(), made.counts.names), found.options.as_dict()
+    changed = {name for name in OPTIONS if ours[name] != theirs[name]}
+    assert not changed & set(asked)
+    assert changed <= {note.split()[0] for note in found.notes}
+    assert plan(reading.model, stack={}, **reading.options).options.as_dict() == theirs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_plainest_plan_of_every_method_has_an_export(target: str, method: str, model: str) -> None:
+    attention = "flash_attention_2" if (target, method) == ("axolotl", "full") else "sdpa"
+    assert export(plan(model, method=method, attention=attention), target, command="").text
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "says"),
+    [
+        ("trl", {"prepare_kbit": True}, "trl sft makes prepare_kbit false, and true is asked for"),
+        ("trl", {"prepare_kbit": True}, "choose --no-prepare-kbit or --to script"),
+        ("axolotl", {"trainer": "trl"}, "axolotl makes trainer transformers, and trl is asked for"),
+        ("llamafactory", {"method": "full", "weights_dtype": "bf16"}, "LLaMA-Factory makes weights_dtype fp32"),
+        ("axolotl", {"method": "full"}, "holds norms, embeddings and head in float32"),
+        ("nope", {}, "unknown target 'nope'"),
+    ],
+)
+def test_what_a_target_cannot_run(target: str, asked: dict[str, Any], says: str, model: str) -> None:
+    with pytest.raises(UsageError) as error:
+        export(plan(model, **asked), target, command="")
+    assert says in str(error.value)
+
+
+def test_a_bundled_model_is_named_as_the_hub_has_it(model: str) -> None:
+    assert "base_model: meta-llama/Llama-3.1-8B\n" in export(plan("llama-3.1-8b"), "axolotl", command="").text
+    with pytest.raises(UsageError, match="no name that another framework could load"):
+        export(plan(small("llama")), "trl", command="")
+
+
+# ----------------------------------------------------------------------------------------------- what others make of it
+
+
+def test_trl_reads_its_export_as_the_plan(model: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    options = {"method": "lora", "rank": 4, "batch_size": 3, "seq_len": 48, "mixed_precision": "fp16"}
+    made = plan(model, weights_dtype="fp16", gradient_checkpointing=False, optimizer="sgd", **options)
+    (tmp_path / "a.yml").write_text(export(made, "trl", command="").text)
+    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig))
+    _, sft, config = parser.parse_args_and_config(["--config", str(tmp_path / "a.yml")], fail_with_unknown_args=True)
+    assert (config.model_name_or_path, config.use_peft, config.lora_r, config.lora_alpha) == (model, True, 4, 8)
+    assert (config.lora_target_modules, config.dtype, config.load_in_4bit) == ("all-linear", "float16", False)
+    assert (sft.max_length, sft.per_device_train_batch_size, sft.fp16, sft.bf16) == (48, 3, True, False)
+    assert (sft.gradient_checkpointing, str(sft.optim.value), sft.packing) == (False, "sgd", False)
+
+
+def test_accelerate_reads_its_export(model: str, tmp_path: Path) -> None:
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    file = tmp_path / "a.yml"
+    file.write_text(export(plan(model, method="lora", mixed_precision="no"), "accelerate", command="").text)
+    found = config_args.ClusterConfig.from_yaml_file(str(file))
+    assert (found.mixed_precision, found.num_processes) == ("no", 1)
+
+
+@pytest.fixture
+def trainable(tmp_path: Path) -> Path:
+    """A folder with a tiny model and its tokenizer, and one with texts."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    pytest.importorskip("datasets")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": "a b " * (3 + i)}) for i in range(6)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("trainer", "asked"),
+    [
+        ("transformers", {"method": "lora", "rank": 2, "batch_size": 2, "padded": True}),
+        ("transformers", {"method": "full", "gradient_checkpointing": False}),
+        ("trl", {"method": "lora", "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_a_script_trains_with_the_plans_arguments(
+    trainer: str, asked: dict[str, Any], trainable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trainer == "trl":
+        pytest.importorskip("trl")
+    workload = pytest.importorskip("vramplan.probes.workload")
+    cpu = {"weights_dtype": "fp32", "mixed_precision": "no", "seq_len": 8, "epochs": 1, "optimizer": "adamw_torch"}
+    made = plan(str(trainable / "model"), trainer=trainer, **asked, **cpu)
+    file = trainable / "train.py"
+    file.write_text(export(made, "script", command="", dataset=str(trainable / "data")).text)
+    monkeypatch.chdir(trainable)
+    script = imported(file)
+    trained: dict[str, Any] = {}
+
+    class Watched(getattr(script, "Trainer" if trainer == "transformers" else "SFTTrainer")):  # type: ignore[misc]
+        def train(self) -> None:
+            trained.update(args=self.args, rows=self.train_dataset, steps=super().train().global_step)
+
+    monkeypatch.setattr(script, Watched.__base__.__name__, Watched)
+    script.main()
+    assert trained["steps"] >= 2
+    lengths = [len(row["input_ids"]) for row in trained["rows"]]
+    assert set(lengths) == {7, 8} if made.options.padded else set(lengths) == {8}
+    assert (trainable / "out").is_dir()
+    probed = workload.training_arguments(made.options, "out", steps=2)
+    mattering = set(probed) & {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "max_grad_norm",
+        "bf16",
+        "fp16",
+        "optim",
+    }
+    assert len(mattering) == 8
+    assert {name: getattr(trained["args"], name) for name in mattering} == {name: probed[name] for name in mattering}
+
+
+def imported(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("exported_script", file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_quantised_script_quantises_as_the_probe_does(model: str) -> None:
+    workload = pytest.importorskip("vramplan.probes.workload")
+    made = plan(model, mixed_precision="no", double_quant=False, expandable_segments=True)
+    text = export(made, "script", command="").text
+    theirs = workload.quantization_config(made.options)
+    assert f"bnb_4bit_compute_dtype={theirs.bnb_4bit_compute_dtype}," in text
+    assert f"bnb_4bit_use_double_quant={theirs.bnb_4bit_use_double_quant}," in text
+    assert f'bnb_4bit_quant_type="{theirs.bnb_4bit_quant_type}",' in text
+    assert "model = prepare_model_for_kbit_training(" in text
+    allocator = text.index('os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")')
+    assert allocator < text.index("import torch")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def command(line: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(shlex.split(line))
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return command
+
+
+def test_the_command_prints_or_writes(run: Any, tmp_path: Path) -> None:
+    line = "export gpt2 --to trl --rank 4 --seq-len 64"
+    code, out, _ = run(line)
+    assert code == 0
+    assert "# vramplan 0" in out
+    assert f": vramplan {line}\n" in out
+    code, said, _ = run(f"{line} -o deep/a.yml")
+    assert (code, said.startswith("deep/a.yml: gpt2, QLoRA r=4")) == (0, True)
+    file = tmp_path / "deep" / "a.yml"
+    assert file.read_text().splitlines()[1:] == out.splitlines()[1:]
+    assert [each.name for each in file.parent.iterdir()] == ["a.yml"]
+    assert run("check deep/a.yml")[0] == 0
+
+
+def test_an_existing_file_is_kept_without_force(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.yml"
+    file.write_text("mine")
+    code, out, err = run("export gpt2 --seq-len 64 --to trl -o a.yml")
+    assert (code, out) == (2, "")
+    assert "'a.yml' exists; name another file, or add --force" in err
+    assert file.read_text() == "mine"
+    assert run("export gpt2 --seq-len 64 --to trl -o a.yml --force")[0] == 0
+    assert file.read_text() != "mine"
+    assert "cannot write" in run("export gpt2 --seq-len 64 --to trl -o a.yml/b.yml")[2]
+    assert run("export gpt2")[0] == 2
+
+
+def test_a_command_of_several_lines_stays_a_comment(run: Any, tmp_path: Path) -> None:
+    _, out, _ = run("export gpt2 --seq-len 64 --to trl --dataset 'a\nb: c'")
+    assert "dataset_name: " in out
+    first = out.splitlines()[0]
+    assert first.startswith("# ")
+    assert "a?b: c" in first
+
+
+def test_reading_and_writing_configs_costs_no_other_command_an_import() -> None:
+    import subprocess
+
+    code = "import sys; from vramplan import plan; plan('gpt2', seq_len=64); print('yaml' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
