@@ -246,15 +246,16 @@ def comma_separated(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows(rows)
     remarks = [*table.assumptions, *_remarks(table, ()), f"{_made(table)} {table.command} --format csv"]
-    writer.writerows([f"# {remark}"] for remark in remarks)
+    writer.writerows([_printable(f"# {remark}")] for remark in remarks)
     return out.getvalue()
 
 
 def _field(value: object) -> str:
-    """A field; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """A field on one line; a text that a spreadsheet would take for a formula begins with an apostrophe."""
     if not isinstance(value, str):
         return repr(value)
-    return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") and value != "-" else value
+    text = _printable(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") and text != "-" else text
 
 
 _STYLE = (
