@@ -20,7 +20,7 @@ from vramplan.planner.documents import MARK
 from vramplan.planner.errors import UsageError, printable, reason, shown, unknown
 from vramplan.planner.files import write_text
 from vramplan.planner.frameworks import ACCELERATE, AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
-from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, flags, parse_options, typed, unused
+from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, flags, parse_options, unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,12 +56,12 @@ def export(plan: Plan, target: str, *, command: str, dataset: str | None = None)
         adopted = {name: value for name, value in apart.items() if _adopts(target, name, options)}
         if not adopted:
             break
-        notes += [f"{name} is {typed(value)} there: {_why(name, framework)}" for name, value in adopted.items()]
+        notes += [f"{name} is {_typed(value)} there: {_why(name, framework)}" for name, value in adopted.items()]
         options = _with(options, adopted)
     for name, value in apart.items():
         if target != "accelerate" and name not in _BESIDE:
             raise UsageError(
-                f"{framework.title} makes {name} {typed(value)}, and {typed(getattr(options, name))} is asked for: "
+                f"{framework.title} makes {name} {_typed(value)}, and {_typed(getattr(options, name))} is asked for: "
                 f"{_why(name, framework)}; choose {flags({name: value})} or --to script"
             )
     beside = {name: getattr(options, name) for name in apart}
@@ -105,6 +105,12 @@ def _run(target: str, options: TrainingOptions) -> str:
 
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments"
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 def _read_back(keys: Mapping[str, Any], framework: Framework) -> TrainingOptions:

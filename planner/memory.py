@@ -365,6 +365,11 @@ def _notes(run: Run, on: Device, phases: Sequence[Phase]) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
     notes = [f"{phase.name}: {phase.where}" for phase in phases if phase.where]
     s = run.settings
+    if s.method == "qlora" and s.frozen_dtype == "fp32" and any(phase.name == "generation" for phase in phases):
+        notes.append(
+            "PEFT's generate goes past accelerate's autocast, so what prepare_kbit made float32 generates in float32, "
+            "attention too; a torch.autocast around it keeps that in 16 bit"
+        )
     if s.frozen_dtype != s.weights_dtype:
         wide = 4 * run.plain_parameters
         notes.append(
