@@ -51,14 +51,14 @@ in the articles; vramplan itself prints GiB, which are 7 % larger. A run that no
 
 
 @cache
-def planned(model: str, *options: tuple[str, Any]) -> Plan | None:
-    """The plan; None where it needs several GPUs and those cannot be planned yet."""
+def planned(model: str, *options: tuple[str, Any]) -> Plan | str:
+    """The plan, or why a run on several GPUs has none."""
     try:
         return plan(model, prices=PRICES, stack=newest(), calibration=False, **dict(options))
     except UsageError as error:
-        if "several GPUs cannot be planned yet" in str(error):
-            return None
-        raise
+        if dict(options).get("num_gpus", 1) == 1:
+            raise
+        return LATER if "several GPUs cannot be planned yet" in str(error) else f"refused: {error}"
 
 
 @cache
@@ -66,13 +66,13 @@ def newest() -> str:
     return ",".join(f"{package}={last[0]}.{last[1]}" for package, (_, last) in stack.KNOWN.items())
 
 
-def run(model: str, **options: Any) -> Plan | None:
+def run(model: str, **options: Any) -> Plan | str:
     return planned(model, *options.items())
 
 
 def sure(model: str, **options: Any) -> Plan:
     found = run(model, **options)
-    assert found
+    assert isinstance(found, Plan)
     return found
 
 
@@ -175,12 +175,12 @@ def counted() -> Iterator[tuple[str, str, str, str]]:
 
 
 class Reading(NamedTuple):
-    """One way to mean a claim: what it says, the run, and its gigabytes; None is what cannot be planned yet."""
+    """One way to mean a claim: what it says, the run, and its gigabytes, or why there are none."""
 
     says: str
     model: str
     options: dict[str, Any]
-    gb: float | None
+    gb: float | str
 
 
 def readings(claim: dict[str, Any]) -> Iterator[Reading]:
@@ -192,7 +192,7 @@ def readings(claim: dict[str, Any]) -> Iterator[Reading]:
             options = {"method": claim["method"], **{name: value for name, value in each.items() if name != "says"}}
             model = CLAIMS["models"][size]
             made = run(model, **options)
-            total = made.memory.device_bytes * options.get("num_gpus", 1) / GB if made else None
+            total = made if isinstance(made, str) else made.memory.device_bytes * options.get("num_gpus", 1) / GB
             yield Reading(each["says"] if len(sizes) == 1 else f"{size}, {each['says']}", model, options, total)
 
 
@@ -221,18 +221,19 @@ def verdict(claimed: Sequence[float], figures: dict[str, float], steps: bool) ->
 def judged(claim: dict[str, Any]) -> tuple[str, str, str, str]:
     """A row: the claim, what is planned, the verdict, and the command of the nearest reading."""
     found = {each.says: each for each in readings(claim)}
-    shown = ", ".join(f"{LATER if each.gb is None else f'{each.gb:.1f}'} ({each.says})" for each in found.values())
-    figures = {says: each.gb for says, each in found.items() if each.gb is not None}
-    words, nearest = verdict(claim["gb"], figures, claim["method"] != "full")
+    words = {says: each.gb if isinstance(each.gb, str) else f"{each.gb:.1f}" for says, each in found.items()}
+    shown = ", ".join(f"{figure} ({says})" for says, figure in words.items())
+    figures = {says: each.gb for says, each in found.items() if not isinstance(each.gb, str)}
+    said, nearest = verdict(claim["gb"], figures, claim["method"] != "full")
     _, model, options, _ = found[nearest]
     if "arithmetic" in claim:
         total, made = sure(model, **options).counts.total, sure(model, **options).memory
-        words += (
+        said += (
             f"; {claim['arithmetic']} B x {total:,} = {gb(claim['arithmetic'] * total)} GB of weights, gradients and "
             f"states; all tensors of the played step take {gb(made.peak_allocated_bytes)} GB at the peak"
         )
     models = ", ".join(dict.fromkeys(each.model for each in found.values()))
-    return f"{claim['says']} ({models})", shown, words, command(model, **options)
+    return f"{claim['says']} ({models})", shown, said, command(model, **options)
 
 
 def fitting(claim: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -240,8 +241,8 @@ def fitting(claim: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     model = CLAIMS["models"][claim["size"]]
     for options in claim["runs"]:
         made = run(model, **options)
-        if made is None:
-            words = LATER
+        if isinstance(made, str):
+            words = made
         else:
             assert made.fit
             words = "fits" if made.fit.headroom_bytes >= 0 else "fits only just" if made.fit.fits else "does not fit"
@@ -282,7 +283,7 @@ def priced() -> Iterator[Priced]:
         for more in ({}, *CLAIMS["readings"]["sharded"]):
             options = {"method": method, "seq_len": seq_len} | {k: v for k, v in more.items() if k != "says"}
             made = run(model, **options)
-            costs = made.costs()[0] if made else ()
+            costs = made.costs()[0] if isinstance(made, Plan) else ()
             if costs:
                 break
         says = ", ".join(filter(None, [f"{size} {method} of {seq_len:,} tokens", more.get("says", "")]))
