@@ -256,9 +256,11 @@ def replay(
             break
         if stretch.events and position == PREPARED:
             allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
-    reserved = before_training[-1].reserved_bytes  # what loading cached for a moment is given back by now
+    reserved = before_training[-1].reserved_bytes
     if not failed:
         best = -1  # the peak of a plan is that of training
+        allocator.empty_cache()  # the Trainer begins with accelerator.free_memory (trainer.py, _inner_training_loop)
+        reserved = allocator.replay([], program.sizes).reserved_bytes
     for number in range(0 if failed else STEPS):
         held, played = allocator.held, run.step(number)
         moments: list[Moment] = []
