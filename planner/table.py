@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, product
@@ -26,7 +27,7 @@ from vramplan.planner.trial import one_after_another
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vramplan.planner.cost import Cost
     from vramplan.planner.fit import Fit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import TrainingOptions
 
     Asked = dict[str, Any]
+    Source = str | os.PathLike[str] | Mapping[str, Any]
     Each = Callable[[Sequence[Callable[[], Any]]], Iterable[Any]]
 
 MOST_CELLS = 100_000
@@ -76,7 +78,7 @@ class Cell(NamedTuple):
     """One combination: each column's value or why there is none; `refused` says why there can be no such run.
 
     `labels` are the values on the table's axes; None where the cell's method has no such option. `offer` is the one
-    that hours and dollars are of.
+    that hours and dollars are of; `calibrated` whether the plan uses what a probe learned on this machine.
     """
 
     labels: tuple[object, ...]
@@ -85,6 +87,7 @@ class Cell(NamedTuple):
     warnings: tuple[str, ...] = ()
     offer: Offer | None = None
     run: TrainingOptions | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +260,7 @@ _OF_AN_OFFER = {"hours", "cost", "kwh", "offer"}
 
 
 def table(
-    models: Sequence[str | os.PathLike[str] | Mapping[str, Any]],
+    models: Sequence[Source],
     *,
     columns: str | Sequence[str] | None = None,
     pivot: str | None = None,
@@ -276,7 +279,8 @@ def table(
     side by side. `each` works tasks out, possibly elsewhere and in any order, and yields their answers; what it does
     not yield is missing. Raises UsageError for what is wrong in itself, and where no combination can be planned.
     """
-    axes = [Axis("model", tuple(dict.fromkeys(map(_label, models)))), *_axes(options, gpu, stack)]
+    sources = _named(models)
+    axes = [Axis("model", tuple(sources)), *_axes(options, gpu, stack)]
     if not axes[0].values:
         raise UsageError("no model is named; name one before the options, such as vramplan table llama-3.1-8b (MODEL)")
     names = {axis.name for axis in axes}
@@ -290,8 +294,7 @@ def table(
     chunk = _LIGHT_CHUNK if all(column.light for column in shown_columns) else _CHUNK
     tasks: list[Callable[[], list[tuple[int, Cell]]]] = []
     for model, of_model in groupby(questions, key=lambda question: question.model):
-        source = next(each for each in models if _label(each) == model)
-        resolved = resolve_model(source)
+        resolved = resolve_model(sources[model])
         given = resolved.name if resolved.source == "bundled" else resolved.config
         asked, names_shown = tuple(of_model), tuple(column.name for column in shown_columns)
         for start in range(0, len(asked), chunk):
@@ -300,16 +303,17 @@ def table(
     cells = tuple(found.get(q.place, Cell(q.labels, refused="interrupted before it was planned")) for q in questions)
     if found and all(cell.refused for cell in found.values()):
         raise UsageError(next(iter(found.values())).refused)
-    asked_prices = None if prices is None else str(prices)
+    # what was not calibrated here must not be where the table is remade
+    calibrated = calibration and ("gpu" not in names or any(cell.calibrated for cell in cells))
     return Table(
         axes=tuple(axes),
         columns=tuple(shown_columns),
         cells=cells,
         pivot=pivot,
-        command=_command(axes, shown_columns, pivot, calibration, asked_prices),
+        command=_command(axes, shown_columns, pivot, calibrated, None if prices is None else str(prices)),
         date=today or datetime.date.today(),
         assumptions=tuple(_assumptions(axes, shown_columns, cells)),
-        warnings=tuple(_warnings(cells, today)),
+        warnings=tuple(_warnings(cells, prices, today)),
         missing=len(questions) - len(found),
     )
 
@@ -360,21 +364,25 @@ def _cell(place: _Place, columns: tuple[str, ...], question: Question) -> Cell:
         values = tuple(COLUMNS[name].value(answer) for name in columns)
     except UsageError as error:
         return Cell(question.labels, refused=str(error))
-    warnings, offer = answer.warnings, None
+    warnings, offer, calibrated = answer.warnings, None, False
     if _OF_AN_OFFER & set(columns) and not isinstance(answer.cheapest, Missing):
         offer = answer.cheapest.offer
     if not all(COLUMNS[name].light for name in columns):
-        learned = answer.plan.device.calibration
-        known = f"calibrated by {learned.gpu} of the machine that made the table, {learned.date}" if learned else ""
-        warnings = (*answer.plan.warnings, *filter(None, [known]))
-    return Cell(question.labels, values, "", warnings, offer, answer.run)
+        warnings = answer.plan.warnings
+        if learned := answer.plan.device.calibration:
+            calibrated = True
+            warnings += (f"calibrated by {learned.gpu} of the machine that made the table, {learned.date}",)
+    return Cell(question.labels, values, "", warnings, offer, answer.run, calibrated)
 
 
-def _label(model: object) -> str:
-    """A model as it was named."""
-    if isinstance(model, str):
-        return model
-    return resolve_model(model).name if hasattr(model, "keys") else str(model)  # type: ignore[arg-type]
+def _named(models: Sequence[Source]) -> dict[str, Source]:
+    """The models by their names as they were given; a config.json that is a dict has only its type's."""
+    found: dict[str, Source] = {}
+    for model in models:
+        label = resolve_model(model).name if isinstance(model, Mapping) else str(model)
+        if found.setdefault(label, model) != model:
+            raise UsageError(f"two models are called {label}; give configs as files, whose names differ (MODEL)")
+    return found
 
 
 def _axes(options: Mapping[str, object], gpu: object, stack: object) -> Iterable[Axis]:
@@ -498,8 +506,8 @@ def heading(column: Column) -> str:
     return f"{column.title}{unit}" if unit == "/s" else ", ".join(filter(None, [column.title, unit]))
 
 
-def _warnings(cells: Sequence[Cell], today: datetime.date | None) -> Iterable[str]:
+def _warnings(cells: Sequence[Cell], file: str | os.PathLike[str] | None, today: datetime.date | None) -> Iterable[str]:
     yield from dict.fromkeys(warning for cell in cells for warning in cell.warnings)
-    offers = {cell.offer: None for cell in cells if cell.offer}
-    if stale := prices.stale(offers, today):
-        yield stale
+    if offers := {cell.offer: None for cell in cells if cell.offer}:
+        yield from prices.offers(file)[1]
+        yield from filter(None, [prices.stale(offers, today)])

@@ -187,6 +187,7 @@ def test_several_gpus_fill_in_when_they_can_be_planned() -> None:
         ({"stack": ["torch=2.11", "tensorflow=2"]}, "unknown package 'tensorflow'"),
         ({"pivot": "rank"}, "unknown axis 'rank'"),
         ({"models": []}, "no model is named"),
+        ({"models": [TINY, OTHER]}, "two models are called llama"),
         ({"models": ["llama-3.1-9b"]}, "unknown model 'llama-3.1-9b'"),
         ({"rank": []}, "rank names no value"),
         ({"ranks": [8]}, "unknown option 'ranks'; did you mean rank"),
@@ -419,6 +420,7 @@ def test_prices_that_are_old_are_said_to_be() -> None:
         "tiny.json --padded --no-padded --gradient-checkpointing --stack torch=2.11 torch=2.12,trl=1.16 --seq-len 64",
         "tiny.json --gpu rtx-4090,24GiB --no-calibration --columns fits,headroom --prices prices.csv --seq-len 64",
         "'./odd name.json' --rank 8 --columns total",
+        "tiny.json --gpu rtx-4090,h100",
     ],
 )
 def test_the_command_of_a_caption_makes_the_same_table(line: str, run: Any, tmp_path: Path) -> None:
@@ -428,6 +430,11 @@ def test_the_command_of_a_caption_makes_the_same_table(line: str, run: Any, tmp_
     (found,) = pasted.tables(out.encode(), "x.md")
     again = run(shlex.join(found.words))
     assert again == (0, out, "")
+
+
+def test_what_was_not_calibrated_is_not_where_it_is_remade() -> None:
+    assert made(gpu="rtx-4090", columns="memory", seq_len=64).command.endswith("--columns memory --no-calibration")
+    assert "--no-calibration" not in made(columns="memory", seq_len=64).command
 
 
 def test_options_of_a_profile(run: Any, tmp_path: Path) -> None:
@@ -593,7 +600,11 @@ def test_other_documents(name: str, marks: str, run: Any, tmp_path: Path) -> Non
 
 
 def test_cells_are_the_same_in_parallel() -> None:
-    asked: dict[str, Any] = {"models": [TINY, OTHER], "seq_len": list(range(16, 272, 16)), "columns": "allocated"}
+    asked: dict[str, Any] = {
+        "models": ["tiny.json", "other.json"],
+        "seq_len": list(range(16, 272, 16)),
+        "columns": "allocated",
+    }
     assert made(**asked, each=completed) == made(**asked, each=trial.one_after_another)
 
 
