@@ -2,9 +2,9 @@
 
 `torch.cuda.memory_allocated` counts blocks and `memory_reserved` counts segments, so neither follows from the sizes
 of tensors alone. This module applies the rules of torch 2.11's c10/cuda/CUDACachingAllocator.cpp to the events of a
-step (paper.py); the comments name the function that each rule comes from. They hold for one stream and for the
-settings that PyTorch starts with (no max_split_size, roundup_power2_divisions or garbage_collection_threshold),
-with expandable_segments off or on. On one stream a freed block is free at once, so active bytes are allocated bytes.
+step (paper.py); the comments name the function that each rule comes from. They hold for the settings that PyTorch
+starts with (no max_split_size, roundup_power2_divisions or garbage_collection_threshold), with expandable_segments off
+or on. A freed block is free at once on its stream (nothing calls record_stream), so active bytes are allocated bytes.
 
 Blocks are ranges of addresses, counted in units of 512 bytes because every size and address is a multiple of that.
 A range is one integer, `size << 48 | start`: sorted, such integers stand in the order in which best fit looks at
@@ -15,7 +15,7 @@ they end as well, which is all that merging neighbours needs. Two segments never
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -171,9 +171,9 @@ class Allocator:
 
     __slots__ = (
         "_addresses", "_allocated", "_at", "_by_end", "_by_start", "_handles", "_held", "_holes", "_large",
-        "_last_handle", "_limit", "_peak_allocated", "_peak_requested", "_peak_reserved", "_peak_reserved_event",
-        "_requested", "_reserved", "_retries", "_segments", "_small", "_unmapped", "_unmapped_by_end",
-        "expandable_segments",
+        "_last_handle", "_limit", "_others", "_peak_allocated", "_peak_requested", "_peak_reserved",
+        "_peak_reserved_event", "_requested", "_reserved", "_retries", "_segments", "_small", "_unmapped",
+        "_unmapped_by_end", "expandable_segments",
     )  # fmt: skip
 
     def __init__(self, *, expandable_segments: bool = False, limit_bytes: int | None = None) -> None:
@@ -189,6 +189,7 @@ class Allocator:
         self._last_handle = 0
         self._segments: dict[int, int] = {}  # start -> size; without expandable_segments
         self._addresses = _Addresses()
+        self._others: tuple[Allocator, ...] = ()  # of the same GPU, for its other streams
         self._unmapped: dict[int, int] = {}  # start -> end of addresses without memory; with expandable_segments
         self._unmapped_by_end: dict[int, int] = {}
         self._holes: tuple[list[int], list[int]] = ([], [])  # their starts in the small and the large pool, sorted
@@ -404,19 +405,24 @@ class Allocator:
         block = take(pool, size)
         if not block:
             self._retries += 1
-            self.empty_cache()
+            for each in (self, *self._others):
+                each.empty_cache()
             block = take(pool, size)
         return bisect_left(pool, block) if block else -1
 
     def _new_segment(self, pool: list[int], size: int) -> int:
         """alloc_block: a segment with one free block in it; 0 where the GPU has no room."""
         length = _segment_size(size)
-        if self._reserved + length > self._limit:
+        if self._reserved_by_all + length > self._limit:
             return 0
         start = self._addresses.take(length)
         self._segments[start] = length
         self._reserve(length)
         return self._put(pool, start, start + length)
+
+    @property
+    def _reserved_by_all(self) -> int:
+        return self._reserved + sum([other._reserved for other in self._others])
 
     def _reserve(self, length: int) -> None:
         self._reserved += length
@@ -464,7 +470,7 @@ class Allocator:
             # map_block: whole pages, and no more than the hole has.
             end = self._unmapped[hole]
             mapped = min(hole - (hole - start - size) // page * page, end)
-            if self._reserved + mapped - hole > self._limit:
+            if self._reserved_by_all + mapped - hole > self._limit:
                 return 0
             self._fill_hole(holes, hole, end)
             if mapped < end:
@@ -524,6 +530,92 @@ class Allocator:
     def _fill_hole(self, holes: list[int], start: int, end: int) -> None:
         del self._unmapped[start], self._unmapped_by_end[end]
         holes.remove(start)
+
+
+class Streams:
+    """One GPU's caching allocator where tensors belong to several CUDA streams: `streams` gives the stream of an id.
+
+    What is free on one stream is never given to another (get_free_block), so each stream has blocks of its own, and all
+    take segments from the same addresses and the same memory. Ids that `streams` lacks are of stream 0; it may grow.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[int, int],
+        count: int,
+        *,
+        expandable_segments: bool = False,
+        limit_bytes: int | None = None,
+    ) -> None:
+        self._streams = streams
+        self._each = [Allocator(expandable_segments=expandable_segments, limit_bytes=limit_bytes) for _ in range(count)]
+        for one in self._each:
+            one._addresses = self._each[0]._addresses
+            one._others = tuple(other for other in self._each if other is not one)
+
+    @property
+    def held(self) -> set[int]:
+        """The ids of what is allocated."""
+        return set().union(*(each.held for each in self._each))
+
+    @property
+    def retries(self) -> int:
+        """How often the cache was given back to make room."""
+        return sum(each.retries for each in self._each)
+
+    def empty_cache(self) -> None:
+        """Gives every unused segment back to the GPU."""
+        for each in self._each:
+            each.empty_cache()
+
+    def replay(self, events: Sequence[int], sizes: Sequence[int] | Mapping[int, int]) -> Replay:
+        """As `Allocator.replay`: each run of events of one stream on its blocks, with peaks beside the rest."""
+        of = self._streams
+        stream_of = [of.get(e >> 1, 0) for e in events]
+        changes = [i for i in range(1, len(events)) if stream_of[i] != stream_of[i - 1]]
+        started, retries = self._sums(), self.retries
+        peaks, at = list(started), [-1, -1, -1]
+        failed = None
+        for start, end in zip([0, *changes], [*changes, len(events)], strict=True):
+            one = self._each[stream_of[start] if events else 0]
+            rest = [total - own for total, own in zip(self._sums(), _sums_of(one), strict=True)]
+            result = one.replay(events[start:end], sizes)
+            found = (
+                (result.peak_allocated_bytes, result.peak_allocated_event),
+                (result.peak_reserved_bytes, result.peak_reserved_event),
+                (result.peak_requested_bytes, result.peak_requested_event),
+            )
+            for i, (peak, event) in enumerate(found):
+                if rest[i] + peak > peaks[i]:
+                    peaks[i], at[i] = rest[i] + peak, start + event
+            if result.out_of_memory is not None:
+                allocated, reserved, _ = self._sums()
+                failed = replace(
+                    result.out_of_memory, event=start + result.out_of_memory.event, allocated_bytes=allocated,
+                    reserved_bytes=reserved,
+                )  # fmt: skip
+                break
+        allocated, reserved, requested = self._sums()
+        return Replay(
+            allocated,
+            reserved,
+            requested,
+            peaks[0],
+            at[0],
+            peaks[1],
+            at[1],
+            peaks[2],
+            at[2],
+            self.retries - retries,
+            failed,
+        )
+
+    def _sums(self) -> list[int]:
+        return [sum(each) for each in zip(*(_sums_of(one) for one in self._each), strict=True)]
+
+
+def _sums_of(one: Allocator) -> tuple[int, int, int]:
+    return one.allocated_bytes, one.reserved_bytes, one.requested_bytes
 
 
 def _segment_size(size: int) -> int:

@@ -40,6 +40,8 @@ def embed(tape: Tape, architecture: Architecture, held: Held, s: Settings) -> tu
                 looked_up = leaf(tape, looked_up)
             if adapter is not None:
                 looked_up = with_adapter(tape, looked_up, *adapter, scaled=tokens and inside)
+            if tokens:
+                tape.marks["embedded"] = len(tape.events)
             kept.append(looked_up)
             if hidden is None:
                 hidden = looked_up
@@ -284,7 +286,11 @@ def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Te
 
 def head(tape: Tape, architecture: Architecture, hidden: Tensor, held: Held, s: Settings) -> Tensor:
     """The output projection: logits in the hidden states' (or autocast's) dtype."""
+    if s.hooked:
+        hidden = tape.boundary(hidden, "head")
     logits = blocks.project(tape, hidden, held.projections[architecture.output.name], s, "logits")
+    if s.hooked:
+        logits = tape.boundary(logits, "logits")
     if architecture.logit_scale:
         logits = ops.scale(tape, logits, "logits, scaled")
     if architecture.final_logit_softcapping is not None:
@@ -394,15 +400,18 @@ def next_tokens(tape: Tape, outputs: list[Outputs]) -> Tensor:
 KEPT_LOGITS, NEXT_LOGITS = "logits, float32 copy of the outputs", "logits of the next token, float32"
 
 
-def loss(tape: Tape, outputs: list[Outputs]) -> Tensor:
+def loss(tape: Tape, outputs: list[Outputs], *, cloned: bool = False) -> Tensor:
     """What becomes of the outputs once autocast has ended: accelerate makes them float32, and they go.
 
-    accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss.
+    accelerate/utils/operations.py, convert_to_fp32; transformers/trainer.py, compute_loss. `cloned`: between the two
+    torch's DistributedDataParallel clones them (_DDPSink, where it looks for unused parameters).
     """
     logits, loss = outputs.pop()
+    tape.scope = "outputs"
     if tape.autocast is not None:
-        tape.scope = "outputs"
-        wide = ops.to(tape, logits.detach(), "fp32", KEPT_LOGITS)
+        logits = ops.to(tape, logits.detach(), "fp32", KEPT_LOGITS)
+    if cloned:
+        clone = tape.new(logits.shape, logits.dtype, "logits, cloned by DistributedDataParallel")
         del logits
-        del wide
+        del clone
     return loss

@@ -44,6 +44,7 @@ class Settings:
     capability: tuple[int, int] | None = (9, 0)  # the GPU's compute capability; None: not CUDA
     multiprocessors: Multiprocessors = H200
     torch: tuple[int, int] = (2, 11)  # the version whose rules are played
+    hooked: bool = False  # fully_shard's hooks run where modules begin and end
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
     mode: Literal["training", "evaluation", "generation"] = "training"
     past: int = 0  # tokens of each row that the cache holds: seq is what comes to them

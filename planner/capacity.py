@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     Asked = dict[str, object]
 
 METHODS = ("full", "lora", "qlora")  # the most demanding first
-OVER = ("batch_size", "seq_len", "rank", "method")
+OVER = ("batch_size", "seq_len", "rank", "method", "num_gpus")
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SHARING = ("parallel", "reshard_after_forward", "cpu_offload")  # of one GPU they mean nothing
 MOST_TOKENS = 2**20  # of a sequence, where the model has no limit of its own
 # Sizes that are tried; of sequences up to the model's positions.
 _SIZES: dict[str, Sequence[int]] = {
@@ -100,7 +102,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Capacity:
-    """What fits one GPU. `asked` is the run as it was asked for; `methods` and `frontier` are empty where not asked."""
+    """What fits one GPU, or how many of it a run takes. `asked` is the run as it was asked for.
+
+    `methods`, `gpus` and `frontier` are empty where not asked; `gpus` ends with the first number that holds the run.
+    """
 
     model: ModelReference
     gpu: Gpu
@@ -109,6 +114,7 @@ class Capacity:
     asked: Trial
     limits: tuple[Limit, ...]
     methods: tuple[tuple[str, Trial], ...]
+    gpus: tuple[tuple[int, Trial], ...]
     frontier: tuple[Cell, ...]
     stack: Stack
     command: str
@@ -118,7 +124,7 @@ class Capacity:
     def fits(self) -> bool:
         """Whether anything that was tried fits, be it only just."""
         found = [size.trial for limit in self.limits for size in (limit.largest, limit.only_just) if size]
-        found += [trial for _, trial in self.methods]
+        found += [trial for _, trial in (*self.methods, *self.gpus)]
         return any(trial.survives for trial in found) or any(cell.batch_size for cell in self.frontier)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +137,7 @@ class Capacity:
             "over": list(self.over),
             "limits": [limit.to_dict() for limit in self.limits],
             "methods": [{"method": method, **trial.to_dict()} for method, trial in self.methods],
+            "gpus": [{"num_gpus": number, **trial.to_dict()} for number, trial in self.gpus],
             "frontier": [cell.to_dict() for cell in self.frontier],
             "command": self.command,
             "warnings": list(self.warnings),
@@ -166,6 +173,7 @@ def fit(
     reference = resolve_model(model)
     architecture = parse(reference.config)
     asked = {name: value for name, value in options.items() if value is not None}
+    sharing = {name: asked.pop(name) for name in _SHARING if name in asked and "num_gpus" in names}
     positions = _positions(architecture.config)
     if "seq_len" in names and positions < parse_options({}).seq_len:  # a default must not be beyond what is searched
         asked.setdefault("seq_len", positions)
@@ -177,14 +185,16 @@ def fit(
     methods = METHODS if "method" in names else (run.method,)
     lengths = _lengths(run.seq_len, positions) if {"batch_size", "seq_len"} <= set(names) else []
     searches: list[tuple[str, Callable[[], Any]]] = []
-    searches += [("limit", partial(_limit, bench, asked, name)) for name in names if name != "method"]
+    searches += [("limit", partial(_limit, bench, asked, name)) for name in names if name in _SIZES]
     searches += [("method", partial(_method, bench, asked, method)) for method in methods if "method" in names]
+    if "num_gpus" in names:
+        searches.append(("gpus", partial(_gpus, bench, asked, sharing)))
     searches += [
         ("cell", partial(_cell, bench, for_method(asked, method) | {"seq_len": length}))
         for method in methods
         for length in lengths
     ]
-    found: dict[str, list[Any]] = {"limit": [], "method": [], "cell": []}
+    found: dict[str, list[Any]] = {"limit": [], "method": [], "gpus": [()], "cell": []}
     first = bench.trial(asked)
     for (kind, _), answer in zip(searches, each([search for _, search in searches]), strict=True):
         found[kind].append(answer)
@@ -196,9 +206,12 @@ def fit(
         asked=first,
         limits=tuple(found["limit"]),
         methods=tuple(found["method"]),
+        gpus=tuple(found["gpus"][-1]),
         frontier=tuple(found["cell"]),
         stack=versions,
-        command=command(model if isinstance(model, str) else reference.name, asked, card.name, stack, calibration),
+        command=command(
+            model if isinstance(model, str) else reference.name, asked | sharing, card.name, stack, calibration
+        ),
         warnings=(*warnings, *bench.notes),
     )
 
@@ -206,8 +219,6 @@ def fit(
 def _over(over: str | Sequence[str]) -> tuple[str, ...]:
     names = [name.strip() for name in (over.split(",") if isinstance(over, str) else over)]
     for name in names:
-        if name == "num_gpus":
-            raise UsageError("num_gpus cannot be varied yet, since one GPU is planned; leave it out of --over")
         if name not in OVER:
             raise unknown("size", name, OVER, "--over")
     if len(set(names)) < len(names):
@@ -259,6 +270,18 @@ def _limit(bench: Bench, asked: Asked, over: str) -> Limit:
 
 def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
     return method, bench.trial(for_method(asked, method))
+
+
+def _gpus(bench: Bench, asked: Asked, sharing: Asked) -> list[tuple[int, Trial]]:
+    """The run on one GPU, and shared by more and more, by FSDP2 where nothing else is asked, until it fits."""
+    found: list[tuple[int, Trial]] = []
+    for number in GPUS:
+        shared = {} if number == 1 else {"parallel": "fsdp", **sharing, "num_gpus": number}
+        alone = {name: value for name, value in asked.items() if name != "num_gpus"}
+        found.append((number, bench.trial(alone | shared)))
+        if found[-1][1].survives:
+            break
+    return found
 
 
 def _cell(bench: Bench, asked: Asked) -> Cell:

@@ -20,7 +20,7 @@ from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, ne
 from vramplan.planner.training import OPTIONS, PHASE_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import date
 
     from vramplan.planner.plan import Plan
@@ -118,6 +118,10 @@ _prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, i
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
+def _plot(what: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    return click.option("--plot", metavar="FILE", help=f"Draw {what} into an .svg, .png or .pdf file.")
+
+
 @cli.command()
 @click.argument("model", required=False)
 @_training_options
@@ -127,8 +131,18 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @_prices
 @_config
 @_views
+@_plot("the memory over the step")
+@click.option("--plot-of", metavar="timeline|breakdown", help="What --plot draws.  [default: timeline]")
 def plan(
-    model: str | None, config: str | None, as_json: bool, explain: bool, advice: bool, timeline: bool, **options: object
+    model: str | None,
+    config: str | None,
+    as_json: bool,
+    explain: bool,
+    advice: bool,
+    timeline: bool,
+    plot: str | None,
+    plot_of: str | None,
+    **options: object,
 ) -> int:
     """Plan a fine-tuning run of MODEL.
 
@@ -137,20 +151,52 @@ def plan(
       vramplan plan llama-3.1-8b --method qlora --rank 16
       vramplan plan gpt2 --method full --seq-len 512 --explain
       vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
+      vramplan plan qwen3-4b --gpu rtx-4090 --plot cards.png --plot-of breakdown
     """
     asked = _question(config, model=model, **options)
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
+    if plot_of not in (None, "timeline", "breakdown"):
+        raise unknown("picture", plot_of, ("timeline", "breakdown"), "--plot-of")
+    if plot_of and not plot:
+        raise UsageError("--plot-of says what --plot draws; add --plot FILE")
+    _ready(plot)
     try:
         made = make(**asked)
     except UnknownArchitecture as error:
+        if plot:  # a trace has no timeline
+            raise
         return _kept(asked, error, as_json)
     if as_json:
         report.print_json(_as_dict(made, advice))
     else:
         report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
+    _draw(plot, plot_of or "timeline", made, asked)
     return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+def _ready(plot: str | None) -> None:
+    """Says before the work is done what would keep its picture from being drawn."""
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.ready(plot)
+
+
+def _draw(plot: str | None, what: str, made: Any, asked: Mapping[str, Any], name: str = "") -> None:
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.draw(plot, what, made, _again(asked, name))
+
+
+def _again(asked: Mapping[str, Any], name: str = "") -> str:
+    """The command that asks the same, all options of a profile file written out."""
+    from vramplan.planner.trial import command
+
+    where = asked.get("gpu"), asked.get("stack"), asked.get("calibration", True), asked.get("prices")
+    return command(asked["model"], asked, *where, name=name)
 
 
 def _as_dict(made: Plan, advice: bool) -> dict[str, Any]:
@@ -168,12 +214,49 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
     return _print_trace(found, as_json)
 
 
+@cli.command(short_help="Write a plan as a page for a browser.")
+@click.argument("model", required=False)
+@click.option("-o", "--output", metavar="FILE", help="The page, an .html file; an earlier one is replaced.")
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@_prices
+@_config
+def report(model: str | None, config: str | None, output: str | None, **options: object) -> int:
+    """Write the plan of MODEL as one page that opens without a network.
+
+    It has what `vramplan MODEL` prints, with the memory over the step and on each card, what fits --gpu (or the
+    smallest card that holds the plan), how each figure is worked out, and how to make it again. Needs
+    pip install 'vramplan[report]'.
+
+    \b
+    Examples:
+      vramplan report llama-3.1-8b --gpu rtx-4090 -o report.html
+      vramplan report ./my-model/config.json --method full -o full.html
+    """
+    asked = _question(config, model=model, **options)
+    if output is None:
+        raise UsageError("no file is named for the page; add one, such as -o report.html (--output)")
+    from vramplan.planner import report_page
+    from vramplan.planner.report import tracked
+
+    report_page.ready(output)
+
+    def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (search() for search in tracked(searches, len(searches), "searching"))
+
+    again = f"{_again(asked, 'report')} -o {shlex.quote(output)}"
+    made = report_page.write(output, asked, again, each)
+    return 1 if made.fit is not None and not made.fit.fits else 0
+
+
 @cli.command(short_help="Find the largest run that fits a GPU.")
 @click.argument("model", required=False)
 @click.option(
     "--over",
     metavar="NAMES",
-    help="What is varied: batch_size, seq_len, rank, method.  [default: batch_size,seq_len]",
+    help="What is varied: batch_size, seq_len, rank, method, num_gpus.  [default: batch_size,seq_len]",
 )
 @_gpu
 @_training_options
@@ -181,7 +264,10 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
 @_calibration
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
-def fit(model: str | None, over: str | None, config: str | None, as_json: bool, **options: object) -> int:
+@_plot("the largest batch for each sequence length")
+def fit(
+    model: str | None, over: str | None, config: str | None, as_json: bool, plot: str | None, **options: object
+) -> int:
     """Find the largest run of MODEL that fits a GPU.
 
     Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
@@ -190,7 +276,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
 
     \b
     Examples:
-      vramplan fit llama-3.1-8b --gpu rtx-4090
+      vramplan fit llama-3.1-8b --gpu rtx-4090 --plot frontier.svg
       vramplan fit qwen3-4b --gpu 16GiB --over rank,method --seq-len 4096
       vramplan fit llama-3.2-1b --gpu t4 --over batch_size --method full --json
 
@@ -199,16 +285,19 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     asked = _question(config, model=model, **options)
     from vramplan.planner import capacity, report, report_decide
 
+    _ready(plot)
+
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
         return (search() for search in report.tracked(searches, len(searches), "searching"))
 
     asked.pop("prices", None)  # of a profile that is for plans as well
-    asked |= {} if over is None else {"over": over}
-    found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
+    varied = {} if over is None else {"over": over}
+    found = capacity.fit(**{"gpu": None} | asked | varied, each=each)
     if as_json:
         report.print_json(found.to_dict())
     else:
         report_decide.print_fit(found)
+    _draw(plot, "frontier", found, asked, "fit" if over is None else f"fit --over {shlex.quote(over)}")
     return 0 if found.fits else 1
 
 
@@ -437,7 +526,7 @@ def _table_into(file: str, between: str | None, form: str | None, question: dict
     from pathlib import Path
 
     from vramplan.planner import pasted, report, report_table
-    from vramplan.planner.files import replace_bytes
+    from vramplan.planner.files import save
     from vramplan.planner.table import table as make
 
     if between is None:
@@ -454,7 +543,7 @@ def _table_into(file: str, between: str | None, form: str | None, question: dict
 
     renewed = pasted.renewed(document, between, kind, made.date, render)
     if renewed != document:
-        replace_bytes(Path(file), renewed)
+        save(Path(file), renewed, "--into")
     report.print_lines([f"{file}: the table is {'as it should be' if renewed == document else 'written'}"])
     return 0
 
@@ -617,7 +706,8 @@ def _print_trace(found: dict[str, Any], as_json: bool) -> int:
 @click.argument("files", metavar="[FILE]...", nargs=-1)
 @click.option("--tolerance", metavar="PERCENT", help="Exit with 1 beyond it: 2, or allocated=1.5,reserved=5.")
 @click.option("--json", "as_json", is_flag=True, help="Print every run's errors as JSON.")
-def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
+@_plot("planned against measured")
+def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str | None) -> int:
     """Hold plans against measured runs: those of each FILE, or those that come with vramplan.
 
     A FILE is JSON Lines, as vramplan probe writes them. Each run is planned for the GPU and the versions it ran with.
@@ -630,10 +720,12 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
       vramplan verify
       vramplan verify my-runs.jsonl --tolerance 2
       vramplan verify --tolerance allocated=1.5,reserved=10 --json
+      vramplan verify --plot accuracy.svg
     """
     from vramplan.planner import report
     from vramplan.planner import verify as verification
 
+    _ready(plot)
     most = None if tolerance is None else verification.parse_tolerance(tolerance)
     runs = verification.read(files or verification.bundled())
     scores = list(report.tracked(map(verification.score, runs), len(runs), "planning"))
@@ -641,6 +733,10 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
         report.print_json(verification.to_dict(scores, most))
     else:
         report.print_scores(scores, most)
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.draw(plot, "accuracy", scores, shlex.join(["vramplan", "verify", *files]))
     return 1 if most is not None and any(each.beyond(most) for each in scores) else 0
 
 

@@ -98,6 +98,19 @@ def device(gpu: Gpu | None, stack: Stack | None = None, calibration: Calibration
     )  # fmt: skip
 
 
+def nccl_bytes(num_gpus: int) -> tuple[int, int]:
+    """What NCCL takes of each GPU beside PyTorch's memory for its buffers and kernels, and with how many GPUs measured.
+
+    The number of GPUs nearest to `num_gpus` of those that were measured; nothing for one GPU.
+    """
+    if num_gpus == 1:
+        return 0, 1
+    rows = _calibrations()[0]["nccl"]
+    assert isinstance(rows, list)
+    row = min(rows, key=lambda each: abs(each["num_gpus"] - num_gpus))
+    return row["bytes"], row["num_gpus"]
+
+
 def workspace_bytes(capability: tuple[int, int] | None) -> int:
     """cuBLAS's workspace for one thread: 32 MiB on compute capability 9.0, 8.125 MiB elsewhere; hipBLAS 128 MiB."""
     if capability is None:

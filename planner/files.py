@@ -43,13 +43,13 @@ def write_text(file: Path, text: str) -> None:
 
     Raises OSError.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(file, text.encode())
+    write_bytes(file, text.encode("utf-8"))
 
 
-def replace_bytes(file: Path, content: bytes) -> None:
-    """The same for bytes, in a folder that there is; the file keeps its permissions, and a link still points to it."""
+def write_bytes(file: Path, content: bytes) -> None:
+    """The same of bytes; an earlier file's permissions stay, and a link goes on pointing to it."""
     file = file.resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as stream:
@@ -61,3 +61,14 @@ def replace_bytes(file: Path, content: bytes) -> None:
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def save(file: Path, content: bytes, option: str) -> None:
+    """The same for a file that the user named with `option`: raises UsageError where it cannot be written."""
+    where = shown(str(file))
+    try:
+        if file.exists() and not file.is_file():  # a device would be replaced, too
+            raise UsageError(f"{where} is no file; name one to be written ({option})")
+        write_bytes(file, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {where}: {reason(error)} ({option})") from None

@@ -62,13 +62,13 @@ def held_bytes(run: Run) -> int:
                     total += n * sum(block_bytes(size) for _, size in nf4_tensors(weight.numel, s.double_quant))
                 else:
                     total += n * block_bytes(weight.numel * (cast if module.name in quantised else itemsize))
-    total += sum(block_bytes(size) for _, size in _buffers(a))
+    total += sum(block_bytes(size) for _, size in buffers(a))
     if s.method != "full":
         total += sum(block_bytes(p.numel * ITEMSIZE[p.dtype]) for p in run.parameters)
     return total
 
 
-def _buffers(a: Architecture) -> list[tuple[str, int]]:
+def buffers(a: Architecture) -> list[tuple[str, int]]:
     """What modules hold beside weights, float32: inv_freq and original_inv_freq, for each type of layer if they differ.
 
     gptj's layers keep sines and cosines of every position instead; a scaled embedding keeps its scale. gpt_bigcode's
@@ -94,7 +94,7 @@ def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stret
     """
     from vramplan.planner.run import Stretch
 
-    program, s, a = run.program, run.settings, run.architecture
+    program, s, a = run.program, run.loaded, run.architecture
     itemsize = ITEMSIZE[s.weights_dtype]
     events: list[int] = []
     plain: list[tuple[int, int]] = []  # id and elements of the weights that are not quantised
@@ -128,7 +128,7 @@ def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stret
             if quantised and layer is not None:
                 biases[len(plain)] = layer
             plain.append((made, weight.numel))
-    events += [2 * program.new(size, label, "weights") for label, size in _buffers(a)]
+    events += [2 * program.new(size, label, "weights") for label, size in buffers(a)]
     loaded = Stretch("loading", events)
 
     events = []
@@ -153,7 +153,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def _quantise(run: Run, numel: int, itemsize: int, name: str, first: bool, *, drawn: bool) -> list[int]:
     """One weight is made on the GPU in 16 bit and quantised there (bitsandbytes/functional.py, quantize_4bit)."""
-    new, double_quant = run.program.new, run.settings.double_quant
+    new, double_quant = run.program.new, run.loaded.double_quant
     part = "weights, 4 bit"
     wide = new(numel * itemsize, "weight before quantisation", "", name)
     events = [2 * wide]
@@ -183,13 +183,13 @@ def _adapter(run: Run) -> list[int]:
     events: list[int] = []
 
     def make(i: int) -> int:
-        p = run.parameters[i]
+        p = run.trained[i]
         made = run.program.new(p.numel * ITEMSIZE[dtypes[i]], "adapter weight", "adapter", p.name)
         events.append(2 * made)
         return made
 
     ids = [make(i) for i in range(len(dtypes))]
-    for dtype in ("fp32", run.settings.adapter_dtype):
+    for dtype in ("fp32", run.loaded.adapter_dtype):
         for i, old in enumerate(ids):
             if dtypes[i] != dtype:
                 dtypes[i] = dtype
@@ -200,7 +200,7 @@ def _adapter(run: Run) -> list[int]:
 
 def _base_dtypes(run: Run) -> list[str]:
     """For each adapter weight, the dtype of the weight that it adapts."""
-    s = run.settings
+    s = run.loaded
     found: dict[int, list[str]] = {}
     for held in (run.outer, *run.layers):
         if id(held) not in found:

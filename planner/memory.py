@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from vramplan.planner import around, blocks, trl, units
-from vramplan.planner.allocator import Allocator
+from vramplan.planner import around, blocks, sharding, trl, units
+from vramplan.planner.allocator import Allocator, Streams
+from vramplan.planner.device import nccl_bytes
 from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MASKS_FEWER_EXPERTS = (5, 18)  # of transformers: integrations/moe.py, only under expert parallelism from here on
 PREPARED = 1  # of a run's loading: the stretch that prepares a model in 4 bit
+READY = 3  # so many stretches of it are there on one GPU too
 STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
 SETTLED = 1000  # a step that adds less than one part in so many to what is reserved is not worth another replay
 
@@ -40,6 +42,7 @@ SOURCES = {
     "logits and loss": "transformers, loss/loss_utils.py: ForCausalLMLoss on float32 logits",
     "temporary buffers": "the op that runs at the peak, and locals of the code around it",
     "batch": "the Trainer's inputs: token ids, mask and labels, int64",
+    **sharding.SOURCES,
     "cuBLAS workspace": "torch, aten/src/ATen/cuda/CublasHandlePool.cpp: one for each thread",
     "block rounding": "torch, CUDACachingAllocator: blocks are multiples of 512 B, tails up to 1 MiB stay with them",
 }
@@ -101,6 +104,7 @@ class MemoryEstimate:
     ready_bytes: int
     timeline: tuple[Moment, ...] = ()
     paged_bytes: int = 0
+    nccl_bytes: int = 0  # of `context_bytes`: what NCCL takes where several GPUs share the run
     notes: tuple[str, ...] = ()
     retries: int = 0
     out_of_memory: str = ""
@@ -172,6 +176,7 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
         on.workspace_bytes,
         TRAINERS[options.trainer],
         frozenset(module.name for module in outside if is_quantised(module, architecture)),
+        sharding.of(options),
     )
     run.check()
     return run
@@ -190,7 +195,7 @@ def estimate(
     `run` is what `run_of` makes of the rest, where that is at hand. Raises UsageError for what no machine holds.
     """
     run = run or run_of(architecture, options, on, counts)
-    allocator = Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    allocator = _allocator(run, options, limit_bytes)
     sources = SOURCES | TRAINERS[options.trainer].sources
     made = replay(run, options, on, sources, limit_bytes, allocator)
     steps = Phase(
@@ -201,8 +206,18 @@ def estimate(
     if options.phases != ("training",) and not made.out_of_memory:
         from vramplan.planner import phases
 
+        assert isinstance(allocator, Allocator)  # several GPUs have no phases but training
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
-    return replace(made, notes=_notes(run, on, made.phases))
+    nccl, _ = nccl_bytes(options.num_gpus)
+    context = made.context_bytes + nccl
+    return replace(made, context_bytes=context, nccl_bytes=nccl, notes=_notes(run, on, options, made.phases))
+
+
+def _allocator(run: Played, options: TrainingOptions, limit_bytes: int | None) -> Allocator | Streams:
+    expandable = options.expandable_segments
+    if options.parallel in ("none", "ddp"):
+        return Allocator(expandable_segments=expandable, limit_bytes=limit_bytes)
+    return Streams(run.program.streams, sharding.STREAMS, expandable_segments=expandable, limit_bytes=limit_bytes)
 
 
 class Played(Protocol):
@@ -213,8 +228,8 @@ class Played(Protocol):
         """What is known of each tensor."""
 
     @property
-    def loading(self) -> tuple[Stretch, Stretch, Stretch]:
-        """The model on the GPU, k-bit preparation, the adapter."""
+    def loading(self) -> tuple[Stretch, ...]:
+        """The model on the GPU, k-bit preparation, the adapter, and what sharing the model makes of it."""
 
     @property
     def paged_bytes(self) -> int:
@@ -226,11 +241,12 @@ class Played(Protocol):
 
 def replay(
     run: Played, options: TrainingOptions, on: Device, sources: Mapping[str, str], limit_bytes: int | None = None,
-    allocator: Allocator | None = None,
+    allocator: Allocator | Streams | None = None,
 ) -> MemoryEstimate:  # fmt: skip
     """Replays a run through the allocator; see `estimate`. `sources` are the rows of the breakdown, in their order."""
     program = run.program
-    allocator = allocator or Allocator(expandable_segments=options.expandable_segments, limit_bytes=limit_bytes)
+    if allocator is None:
+        allocator = _allocator(run, options, limit_bytes)
     best, phase, failed = -1, "", ""
     timeline: tuple[Moment, ...] = ()
     at_best: tuple[set[int], Sequence[Stretch], int]
@@ -251,6 +267,8 @@ def replay(
     beginning = run.loading
     before_training: list[Replay] = []
     for position, stretch in enumerate(beginning):
+        if position >= READY:
+            allocator.empty_cache()  # see below: the Trainer does that before accelerate shares the model
         before_training.append(replayed(set(), beginning, position))
         if failed:
             break
@@ -259,7 +277,8 @@ def replay(
     reserved = before_training[-1].reserved_bytes
     if not failed:
         best = -1  # the peak of a plan is that of training
-        allocator.empty_cache()  # the Trainer begins with accelerator.free_memory (trainer.py, _inner_training_loop)
+        if len(beginning) <= READY:
+            allocator.empty_cache()  # accelerator.free_memory (transformers/trainer.py, _inner_training_loop)
         reserved = allocator.replay([], program.sizes).reserved_bytes
     for number in range(0 if failed else STEPS):
         held, played = allocator.held, run.step(number)
@@ -283,7 +302,7 @@ def replay(
         hidden_bytes=on.hidden_bytes,
         peak_phase=phase,
         loaded_bytes=before_training[0].allocated_bytes,
-        ready_bytes=before_training[-1].allocated_bytes,
+        ready_bytes=before_training[:READY][-1].allocated_bytes,
         timeline=timeline,
         paged_bytes=run.paged_bytes,
         retries=allocator.retries,
@@ -363,16 +382,16 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, on: Device, phases: Sequence[Phase]) -> tuple[str, ...]:
+def _notes(run: Run, on: Device, options: TrainingOptions, phases: Sequence[Phase]) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
     notes = [f"{phase.name}: {phase.where}" for phase in phases if phase.where]
-    s = run.settings
+    s = run.loaded
     if s.method == "qlora" and s.frozen_dtype == "fp32" and any(phase.name == "generation" for phase in phases):
         notes.append(
             "PEFT's generate goes past accelerate's autocast, so what prepare_kbit made float32 generates in float32, "
             "attention too; a torch.autocast around it keeps that in 16 bit"
         )
-    if s.frozen_dtype != s.weights_dtype:
+    if s.frozen_dtype != s.weights_dtype and options.parallel in ("none", "ddp", "fsdp"):
         wide = 4 * run.plain_parameters
         notes.append(
             f"prepare_kbit holds embeddings, norms and head in float32: {units.format_gib(wide)}, twice their size "
@@ -396,4 +415,11 @@ def _notes(run: Run, on: Device, phases: Sequence[Phase]) -> tuple[str, ...]:
     elif run.kernels & {"flash", "efficient"}:
         names = " and ".join(sorted(run.kernels))
         notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
+    if run.sharing is not None:
+        notes += run.sharing.notes(run)
+        nccl, measured = nccl_bytes(options.num_gpus)
+        if measured != options.num_gpus:
+            notes.append(
+                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} H200s"
+            )
     return tuple(notes)

@@ -42,8 +42,8 @@ class Tape:
     """The events of one stretch of a step, and the modes it runs in (autocast, gradients, recomputation)."""
 
     __slots__ = (
-        "added", "autocast", "cache", "events", "frame", "grad", "labels", "multiprocessors", "saved", "scope",
-        "scopes", "seq", "sizes",
+        "added", "autocast", "cache", "events", "frame", "grad", "labels", "marks", "multiprocessors", "saved",
+        "scope", "scopes", "seq", "sizes",
     )  # fmt: skip
 
     def __init__(
@@ -62,11 +62,25 @@ class Tape:
         self.seq = 0
         self.multiprocessors = multiprocessors
         self.added: list[int] = []  # bytes of gradients that another was added to in place
+        self.marks: dict[str, int] = {}  # how many events there were where a module began or ended (`mark`)
 
     def new(self, shape: Shape, dtype: str, label: str, merged: bool = False) -> Tensor:
         """A fresh tensor of `shape`; `label` says which op made it, `merged` how it lies in memory (Tensor)."""
         out = Tensor(Storage(self, prod(shape) * ITEMSIZE[dtype], label), shape, dtype)
         out.merged = merged
+        return out
+
+    def boundary(self, x: Tensor, name: str) -> Tensor:
+        """`x` as it enters or leaves a module; notes where in the events that is, and where its gradient comes by."""
+        self.marks[name] = len(self.events)
+
+        def backward(grads: list[Tensor | None], _: list[Tensor | None]) -> list[Tensor | None]:
+            self.marks[f"{name}, backward"] = len(self.events)
+            return list(grads)
+
+        out = Tensor(x.storage, x.shape, x.dtype)
+        out.merged = x.merged
+        out.node = self.node((x,), backward)
         return out
 
     def moment(self, nbytes: int, label: str) -> None:

@@ -146,6 +146,7 @@ def memory_dict(memory: MemoryEstimate) -> dict[str, Any]:
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "context_bytes": memory.context_bytes,
+        "nccl_bytes": memory.nccl_bytes,
         "device_bytes": memory.device_bytes,
         "hidden_bytes": memory.hidden_bytes,
         "needed_bytes": memory.needed_bytes,
@@ -265,7 +266,7 @@ def fits(estimate: MemoryEstimate, on: Device, run: TrainingOptions, versions: S
 
 def _needed(estimate: MemoryEstimate, on: Device) -> int:
     """Bytes of a GPU's budget that a plan takes there: the same reserved memory, and that GPU's own context."""
-    return estimate.peak_reserved_bytes + on.context_bytes - on.hidden_bytes
+    return estimate.peak_reserved_bytes + on.context_bytes + estimate.nccl_bytes - on.hidden_bytes
 
 
 def _packages(run: TrainingOptions) -> list[str]:

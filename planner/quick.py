@@ -28,6 +28,8 @@ def _without(events: Sequence[int], held: Collection[int]) -> Sequence[int]:
 
 def peak_bytes(run: Run) -> int:
     """The highest sum of 512-byte blocks in a step after the first, when states and workspaces are there."""
+    if run.sharing is not None:
+        return _played(run)
     s = run.settings
     states, *update = run.update_changes()
     now = held_bytes(run) + states
@@ -41,6 +43,14 @@ def peak_bytes(run: Run) -> int:
         highest = max(highest, now + most)
         now += net
     return highest
+
+
+def _played(run: Run) -> int:
+    """The same of a run on several GPUs: its events one by one, without an allocator."""
+    sizes = run.program.sizes
+    before = [e for stretch in run.loading for e in stretch.events] + [e for s in run.step(0) for e in s.events]
+    now, _ = change(before, sizes)
+    return now + change([e for stretch in run.step(1) for e in stretch.events], sizes)[1]
 
 
 def _micro_step(run: Run, again: bool) -> Iterator[_Change]:

@@ -45,6 +45,15 @@ def fit_page(found: Capacity) -> list[Block]:
     if found.methods:
         heading = f"Methods on {name}, batch {found.options.batch_size} x {found.options.seq_len}"
         page.append(Block(heading, "<<", [_method(method, trial) for method, trial in found.methods]))
+    if found.gpus:
+        counts = [_method(f"{number:,} GPU" + "s" * (number > 1), trial) for number, trial in found.gpus]
+        page.append(
+            Block(
+                f"Number of GPUs ({name}), batch {found.options.batch_size} x {found.options.seq_len} on each",
+                "<<",
+                counts,
+            )
+        )
     if found.frontier:
         page.append(_frontier(found.frontier, name))
     if notes := list(_fit_notes(found)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from vramplan.planner import attention, blocks, loading, optimizer, step
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Architecture, Module
     from vramplan.planner.parameters import ParameterCounts
+    from vramplan.planner.sharding import Sharing
     from vramplan.planner.trainer import Trainer
 
 
@@ -38,6 +40,7 @@ class Program:
     parts: list[str] = field(default_factory=list)  # what the tensor counts as in a breakdown; "" is decided by `saved`
     layers: list[int] = field(default_factory=list)  # the layer of a tensor, or NOWHERE
     saved: set[int] = field(default_factory=set)
+    streams: dict[int, int] = field(default_factory=dict)  # the CUDA stream of a tensor, where it is not the main one
 
     def place(self, tape: Tape | step.Piece, part: str = "", layer: int = NOWHERE) -> int:
         """Gives a tape's ids their global place; returns the offset."""
@@ -50,8 +53,10 @@ class Program:
         self.saved.update([base + i for i in tape.saved])
         return base
 
-    def new(self, nbytes: int, label: str, part: str, scope: str = "") -> int:
+    def new(self, nbytes: int, label: str, part: str, scope: str = "", stream: int = 0) -> int:
         """One more tensor; its id."""
+        if stream:
+            self.streams[len(self.sizes)] = stream
         self.sizes.append(nbytes)
         self.labels.append(label)
         self.scopes.append(scope)
@@ -89,6 +94,23 @@ class Stretch:
     events: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class MicroStep:
+    """Forward and backward of one micro-step, and the gradients that it makes.
+
+    `places` are positions among the stretches: of the first stretch of each name, and of what follows a noted place
+    (Tape.boundary). `needs` says for each layer whether its input needs a gradient, `runs` whether it has a backward.
+    """
+
+    stretches: list[Stretch]
+    grads: list[int]  # in the order of the parameters
+    outer_grads: dict[str, int]  # those of parameters around the layers, by name
+    layer_grads: list[list[int]]
+    places: dict[str, int]
+    needs: list[bool]
+    runs: list[bool]
+
+
 def last_frees_only(stretches: Sequence[Stretch], positions: Sequence[Sequence[int]], shared: set[int]) -> None:
     """Of tensors that several pieces hold, each piece says when it lets go: the last of them frees the tensor."""
     freed: set[int] = set()
@@ -107,14 +129,16 @@ class Run:
     def __init__(
         self, architecture: Architecture, s: Settings, counts: ParameterCounts, optimizer_name: str, accumulation: int,
         quantised: Sequence[frozenset[str]], workspace_bytes: int, trainer: Trainer = TRANSFORMERS,
-        quantised_outside: frozenset[str] = frozenset(),
+        quantised_outside: frozenset[str] = frozenset(), sharing: Sharing | None = None,
     ) -> None:  # fmt: skip
         self.architecture = architecture
-        self.settings = s
+        self.sharing = sharing  # how several GPUs share the run
+        self.loaded = s  # what the model is loaded by
+        self.settings = s = sharing.played(s) if sharing else s
         self.accumulation = accumulation
         self.optimizer = optimizer.get(optimizer_name)
         self.workspace_bytes = workspace_bytes
-        self.trainer = trainer
+        self.trainer = sharing.trainer(trainer) if sharing else trainer
         self.program = Program()
         self._adapted = _adapted(architecture, counts)
         self.quantised = quantised  # for each layer, its modules that are held in 4 bit
@@ -126,7 +150,8 @@ class Run:
             quantised_outside, self.token_embedding.name if architecture.tied else "",
         )  # fmt: skip
         self.layers = [self._hold(i) for i in range(architecture.num_hidden_layers)]
-        self.parameters = self._all_parameters()
+        self.trained = self._all_parameters()
+        self.parameters = sharing.parameters(self) if sharing else self.trained  # what the optimizer holds here
         self.plain_parameters = 0  # elements of base weights that are not quantised
         self.biases: dict[int, list[tuple[int, int]]] = {}  # by layer: those that bitsandbytes casts, (id, elements)
         self._batch: list[int] = []
@@ -136,12 +161,15 @@ class Run:
         self._found_inf: optimizer.Held | None = None
         self._outside = Tape()  # clipping and the optimizer
         self._outside_ids: list[int] = []
-        self._micro_steps: dict[bool, tuple[list[Stretch], list[int]]] = {}
+        self._micro_steps: dict[bool, MicroStep] = {}
+        self._shared: dict[tuple[bool, bool], tuple[list[Stretch], list[int]]] = {}
 
     @cached_property
-    def loading(self) -> tuple[Stretch, Stretch, Stretch]:
-        """The model on the GPU, k-bit preparation, the adapter."""
-        return loading.play(self)
+    def loading(self) -> tuple[Stretch, ...]:
+        """The model on the GPU, k-bit preparation, the adapter; with several GPUs, what sharing makes of it."""
+        if self.sharing is None:
+            return loading.play(self)
+        return self.sharing.loading(self)
 
     @cached_property
     def signatures(self) -> list[tuple[int, frozenset[str], frozenset[str]]]:
@@ -167,7 +195,7 @@ class Run:
     @property
     def scaled(self) -> bool:
         """Whether accelerate trains with torch's GradScaler: under float16 autocast (accelerate/accelerator.py)."""
-        return self.settings.autocast == "fp16"
+        return self.loaded.autocast == "fp16"
 
     @property
     def uses_cublaslt(self) -> bool:
@@ -199,7 +227,7 @@ class Run:
         return [f"{m.name}.{w.name}" for m in modules if m.kind == "embedding" for w in m.weights]
 
     @cached_property
-    def _layer_norms(self) -> frozenset[str]:
+    def layer_norms(self) -> frozenset[str]:
         """The trained weights of nn.LayerNorm, which the Trainer leaves without decay whatever they are called."""
         if self.settings.method != "full":
             return frozenset()
@@ -254,14 +282,26 @@ class Run:
             self._pieces[key] = piece
         return piece
 
-    def micro_step(self, again: bool) -> tuple[list[Stretch], list[int]]:
+    def micro_step(self, again: bool, last: bool = True) -> tuple[list[Stretch], list[int]]:
         """Forward and backward of one micro-step, `again` on top of gradients; the ids of those it makes, in order.
 
-        Every micro-step of a kind is the same, so it is put together once.
+        Every micro-step of a kind is the same, so it is put together once. `last`: the optimizer's step follows.
         """
         if again not in self._micro_steps:
             self._micro_steps[again] = self._put_together(again)
-        return self._micro_steps[again]
+        made = self._micro_steps[again]
+        if self.sharing is None:
+            return made.stretches, made.grads
+        if (again, last) not in self._shared:
+            first = self._micro_steps[False] if again else made
+            self._shared[again, last] = self.sharing.micro_step(self, made, first, last)
+        return self._shared[again, last]
+
+    @property
+    def first_micro_step(self) -> MicroStep:
+        """The first micro-step of a step, as it would be on one GPU."""
+        self.micro_step(False)
+        return self._micro_steps[False]
 
     def play(self, again: bool) -> tuple[list[step.Piece], step.Around]:
         """The pieces of a micro-step: one for each layer, and what is around them."""
@@ -278,7 +318,7 @@ class Run:
             needs = needs or bool(piece.backward)
         return pieces, step.play_around(a, self.outer, s, inner, dtype, again, needs, self.trainer)
 
-    def _put_together(self, again: bool) -> tuple[list[Stretch], list[int]]:
+    def _put_together(self, again: bool) -> MicroStep:
         s, program = self.settings, self.program
         pieces, around = self.play(again)
         base = program.place(around.tape)
@@ -321,24 +361,37 @@ class Run:
             positions.append(places)
             return moved(events, base, outside | {i - base: i for i in several}, places)
 
+        places: dict[str, int] = {}
+
+        def add_beside(name: str, begin: int, end: int) -> None:
+            cuts = {at: mark for mark, at in around.marks.items() if begin < at < end} if s.hooked else {}
+            places[name] = len(stretches)
+            for low, high in pairwise((begin, *sorted(cuts), end)):
+                if low in cuts:
+                    places[cuts[low]] = len(stretches)
+                stretches.append(Stretch(name, beside(around.events[low:high])))
+
         start, left, back = around.split
-        stretches.append(Stretch("forward, embeddings", beside(around.events[:start])))
+        add_beside("forward, embeddings", 0, start)
         stretches += [Stretch(f"forward, layer {i}", layer(i, "forward")) for i in range(len(pieces))]
-        stretches.append(Stretch("loss, forward", beside(around.events[start:left])))
+        add_beside("loss, forward", start, left)
+        places["autocast ends"] = len(stretches)
         stretches += [Stretch("autocast ends", layer(i, "leaving")) for i, p in enumerate(pieces) if p.leaving]
-        stretches.append(Stretch("loss, backward", beside(around.events[left:back])))
+        add_beside("loss, backward", left, back)
         stretches += [Stretch(f"backward, layer {i}", layer(i, "backward")) for i in reversed(range(len(pieces)))]
-        stretches.append(Stretch("backward, embeddings", beside(around.events[back:])))
+        add_beside("backward, embeddings", back, len(around.events))
         last_frees_only(stretches, positions, several)
 
         early = self.early
         outer = dict(zip((p.name for p in self.outer.parameters), (base + g for g in around.grads), strict=False))
+        layer_grads = [[at + g for g in piece.grads] for piece, at in zip(pieces, bases, strict=True)]
         grads = [g for name, g in outer.items() if name in early]
-        grads += [at + g for piece, at in zip(pieces, bases, strict=True) for g in piece.grads]
+        grads += [g for each in layer_grads for g in each]
         grads += [g for name, g in outer.items() if name not in early]
         for g in grads:
             program.parts[g] = "gradients"
-        return stretches, grads
+        needs = [piece.grad_made != NOWHERE for piece in pieces]
+        return MicroStep(stretches, grads, outer, layer_grads, places, needs, [bool(p.backward) for p in pieces])
 
     def _with_firsts(self, stretches: list[Stretch]) -> list[Stretch]:
         """The first micro-step: what is made once, the loss scale and workspaces.
@@ -364,8 +417,8 @@ class Run:
         if not self.workspace_bytes:
             return out
 
-        def insert(name: str, position: int, made: int) -> None:
-            at = next(i for i, stretch in enumerate(out) if stretch.name == name)
+        def insert(name: str, position: int, made: int, at: int | None = None) -> None:
+            at = next(i for i, stretch in enumerate(out) if stretch.name == name) if at is None else at
             events = list(out[at].events)
             events.insert(position, 2 * made)
             out[at] = Stretch(name, events)
@@ -373,11 +426,12 @@ class Run:
         # the forward's first product has run before the layers, in the rotary embedding; autograd's is the head's
         part = "cuBLAS workspace"
         insert("forward, layer 0", 0, new(self.workspace_bytes, "cuBLAS workspace, forward thread", part))
-        back = next(stretch.events for stretch in out if stretch.name == "loss, backward")
+        back = [i for i, stretch in enumerate(out) if stretch.name == "loss, backward"]
         products = self.trainer.first_products
-        position = next((i for i, e in enumerate(back) if labels[e >> 1] in products and not e & 1), 0)
+        found = ((i, j) for i in back for j, e in enumerate(out[i].events) if labels[e >> 1] in products and not e & 1)
+        at, position = next(found, (back[0], 0))
         made_at = position + self.trainer.product_made
-        insert("loss, backward", made_at, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part))
+        insert("loss, backward", made_at, new(self.workspace_bytes, "cuBLAS workspace, backward thread", part), at)
         if self.uses_cublaslt:
             insert("forward, layer 0", 1, new(CUBLASLT_BYTES, "cuBLASLt workspace, forward thread", part))
             if self.settings.checkpointing:
@@ -391,11 +445,14 @@ class Run:
         """Optimizer step `number` (from 0): its micro-steps, clipping, the optimizer, gradients let go."""
         first = number == 0
         out = [Stretch("batch", self._fetch())]
+        if self.sharing is not None:
+            out += self.sharing.beginning(self, number)
         grads: list[int] = []
-        for micro in range(min(self.accumulation, PLAYED)):
-            stretches, made = self.micro_step(again=micro > 0)
+        micro_steps = min(self.accumulation, PLAYED)
+        for micro in range(micro_steps):  # the last one leaves the gradients that are let go
+            stretches, made = self.micro_step(again=micro > 0, last=micro == micro_steps - 1)
             out += self._with_loss(self._with_firsts(stretches) if first and micro == 0 else stretches)
-            grads = grads or made
+            grads = made or grads
         out += self.update(first)
         out.append(Stretch("gradients let go", [2 * g + 1 for g in grads]))
         return out
@@ -413,13 +470,19 @@ class Run:
 
     def update(self, first: bool) -> list[Stretch]:
         """What follows backward: clipping and the optimizer."""
-        return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self._optimize(first))]
+        if self.sharing is not None:
+            return self.sharing.update(self, first)
+        return self.update_alone(first)
+
+    def update_alone(self, first: bool) -> list[Stretch]:
+        """The same where every parameter has a gradient of its own."""
+        return [Stretch("gradient clipping", self._clip()), Stretch("optimizer step", self.optimize(first))]
 
     def update_changes(self) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """What a step leaves of states, and what clipping and a later step add: `optimizer.changes`."""
         return optimizer.changes(
             self.optimizer, self.parameters,
-            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            embeddings=self._embeddings, layer_norms=self.layer_norms, scaled=self.scaled,
             gpu=self.settings.multiprocessors,
         )  # fmt: skip
 
@@ -449,10 +512,11 @@ class Run:
         self._norm = norm
         return self._collect("")
 
-    def _optimize(self, first: bool) -> list[int]:
+    def optimize(self, first: bool) -> list[int]:
+        """The optimizer's step."""
         optimizer.play(
             self._outside, self.optimizer, self.parameters, self._states, first,
-            embeddings=self._embeddings, layer_norms=self._layer_norms, scaled=self.scaled,
+            embeddings=self._embeddings, layer_norms=self.layer_norms, scaled=self.scaled,
             gpu=self.settings.multiprocessors,
         )  # fmt: skip
         self._found_inf = None

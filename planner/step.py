@@ -143,6 +143,7 @@ class Around:
     grad: int  # id of its gradient, allocated here
     grad_embeds: int  # id of layer 0's input gradient, allocated by the layers; NOWHERE when it needs none
     split: tuple[int, int, int]  # events before: layers forward, autocast ends, layers backward
+    marks: dict[str, int]  # events before the places that the tape noted
     grads: list[int]
     shared: dict[str, int]  # ids of the tables and masks that the layers read
 
@@ -245,4 +246,4 @@ def play_around(
     events = tuple(tape.events)  # before what is still held here goes: gradients, and what the layers took over
     for parameter in held.parameters:
         parameter.grad, parameter.node = None, None
-    return Around(tape, events, embeds_id, hidden_id, grad_id, grad_embeds_id, split, grads, shared_ids)
+    return Around(tape, events, embeds_id, hidden_id, grad_id, grad_embeds_id, split, tape.marks, grads, shared_ids)

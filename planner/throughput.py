@@ -10,8 +10,9 @@ Each ceiling has a range: `step_s` takes the middle of all, `low_s` and `high_s`
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vramplan.planner.run import Run
     from vramplan.planner.traffic import Kernel, Section
 
-WAITING = "the GPU waits for the host"
+WAITING, LINKED = "the GPU waits for the host", "the GPU waits for other GPUs"
 
 
 class Range(NamedTuple):
@@ -111,12 +112,27 @@ _TENSOR_S = {
     "adafactor": 296e-6,
 }
 _TENSOR_BNB_S = 60e-6
+HOST_GPUS = 8  # GPUs that one host's links join; beyond, a network between hosts is assumed
+# Of NVLink's bytes in one direction, over NCCL 2.28 between two H200s (NV18, NCCL_NVLS_ENABLE=0): all_gather and
+# reduce_scatter of 256 and 512 MiB 0.53 to 0.56, of 64 MiB 0.26 to 0.42; all_reduce of 512 MiB 0.70.
+_NVLINK = Range(0.55, 0.70, 0.40)
+# PCIe with 16 lanes, and a network of 400 Gb/s for each GPU: assumed, as is what collectives reach of them.
+_PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
+_NETWORK_PER_S = 50e9
+_WIRE = Range(0.7, 0.9, 0.4)
+# Seconds of the host for each of traffic.Hooks, found with the step times of 16 runs under FSDP2 and 8 under DDP on two
+# and four H200s (docs/engine.md), and for a DTensor in clipping or in the optimizer's step (torch 2.13, on a CPU).
+_HOOKS_S = (0.8e-3, 70e-6, 100e-6)
+_DTENSOR_S = 25e-6
 _TENSOR_CLIPPING_S = 6.7e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # one and the same for a GPU, so that kernels' seconds are looked up fast
 class Ceilings:
-    """What a GPU and its host reach: FLOP/s of products in 16 bits and in 32, and of attention; bytes/s; seconds."""
+    """What a GPU and its host reach: FLOP/s of products in 16 bits and in 32, and of attention; bytes/s; seconds.
+
+    `link_per_s` are bytes in one direction between this GPU and the others, where several share a run.
+    """
 
     products_per_s: float
     wide_per_s: float
@@ -127,6 +143,7 @@ class Ceilings:
     latency_s: float
     multiprocessors: int
     host: Host
+    link_per_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +187,28 @@ class StepTime:
         }
 
 
-def ceilings(gpu: Gpu, calibration: Calibration | None = None) -> tuple[Ceilings, Ceilings, Ceilings] | None:
+def ceilings(
+    gpu: Gpu, calibration: Calibration | None = None, num_gpus: int = 1
+) -> tuple[Ceilings, Ceilings, Ceilings] | None:
     """A GPU's ceilings in the middle, at the fast and at the slow end; None where its rates are not known."""
     if calibration is None:
-        return _ceilings(gpu, None, None)
-    return _ceilings(gpu, calibration.matmul_flops_per_s, calibration.copy_bytes_per_s)
+        return _ceilings(gpu, None, None, num_gpus)
+    return _ceilings(gpu, calibration.matmul_flops_per_s, calibration.copy_bytes_per_s, num_gpus)
+
+
+def link(gpu: Gpu, num_gpus: int) -> Range:
+    """Bytes a second in one direction between a GPU and the others, as collectives reach them."""
+    if num_gpus > HOST_GPUS:
+        return Range(*[share * _NETWORK_PER_S for share in _WIRE])
+    if gpu.nvlink_gb_s:
+        return Range(*[share * gpu.nvlink_gb_s / 2 * 1e9 for share in _NVLINK])
+    return Range(*[share * _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4]) for share in _WIRE])
 
 
 @lru_cache
-def _ceilings(gpu: Gpu, learned: float | None, copies: float | None) -> tuple[Ceilings, Ceilings, Ceilings] | None:
+def _ceilings(
+    gpu: Gpu, learned: float | None, copies: float | None, num_gpus: int
+) -> tuple[Ceilings, Ceilings, Ceilings] | None:
     if gpu.tensor_tflops is None or gpu.bandwidth_gb_s is None:
         return None
     share = _PRODUCTS.get(gpu.vendor or "", _PRODUCTS["NVIDIA"])
@@ -202,6 +232,7 @@ def _ceilings(gpu: Gpu, learned: float | None, copies: float | None) -> tuple[Ce
                 _LATENCY_S[i],
                 number,
                 Host(*[seconds * _HOST_SPEED[i] for seconds in _HOST]),
+                link(gpu, num_gpus)[i],
             )
         )
     middle, fast, slow = made
@@ -213,34 +244,51 @@ class Work:
     """What a step gives to host and GPU, whatever these are: stretches at whose end they wait for each other."""
 
     stretches: tuple[tuple[Section, ...], ...]
-    tokens: int  # positions of a step's batch
+    tokens: int  # positions of a step's batch on all GPUs
+    num_gpus: int = 1
 
 
 def work(run: Run) -> Work:
     """The work of an optimizer step; playing the step takes most of the time."""
     micro = tuple(traffic.micro_step(run))
-    later = (*micro, traffic.summed_gradients(run)) if run.accumulation > 1 else ()
+    tokens = run.settings.batch * run.settings.seq * run.accumulation
+    update = traffic.update(run)
+    summed = (traffic.summed_gradients(run),) if run.accumulation > 1 else ()
+    if run.sharing is None:
+        return Work((micro, *[(*micro, *summed)] * (run.accumulation - 1), tuple(update)), tokens)
+    from vramplan.planner import communication  # only runs on several GPUs need it
+
+    first = tuple(communication.micro_step(run, micro, last=False)) if run.accumulation > 1 else ()
+    last = tuple(communication.micro_step(run, micro, last=True))
+    between = [(*first, *summed)] * (run.accumulation - 2)
     return Work(
-        (micro, *[later] * (run.accumulation - 1), tuple(traffic.update(run))),
-        run.settings.batch * run.settings.seq * run.accumulation,
+        (*([first] if first else []), *between, (*last, *summed), tuple(communication.update(run, update))),
+        tokens * run.sharing.ranks,
+        run.sharing.ranks,
     )
 
 
 def span_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Range | None:
-    """Seconds of an optimizer step on `gpu` alone; None where the GPU's rates are not known."""
-    found = ceilings(gpu, calibration)
+    """Seconds of an optimizer step on `gpu`; None where the GPU's rates are not known."""
+    found = ceilings(gpu, calibration, step.num_gpus)
     return found and Range(*[sum(_follow(stretch, c) for stretch in step.stretches) for c in found])
 
 
 def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> StepTime | None:
     """The time of an optimizer step on `gpu`; None where the GPU's rates are not known."""
-    found, span = ceilings(gpu, calibration), span_of(step, gpu, calibration)
+    found, span = ceilings(gpu, calibration, step.num_gpus), span_of(step, gpu, calibration)
     if found is None or span is None:
         return None
     middle, fast, slow = span
     sections = Counter(section for stretch in step.stretches for section in stretch)
     parts = _parts(sections, found[0])
     waiting = max(0.0, middle - sum(part.seconds for part in parts))
+    if step.num_gpus > 1:
+        alone = [replace(each, link_per_s=math.inf) for each in found[:1]]
+        linked = min(waiting, max(0.0, middle - sum(_follow(stretch, alone[0]) for stretch in step.stretches)))
+        nbytes = sum((section.gathered + section.reduced) * n for section, n in sections.items())
+        parts.append(Part(LINKED, 0, nbytes, 0, linked, SOURCES[LINKED]))
+        waiting -= linked
     parts.append(Part(WAITING, 0, 0, 0, waiting, SOURCES[WAITING]))
     host_s = sum(_host_s(section, found[0].host) * n for section, n in sections.items())
     return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts))
@@ -254,21 +302,33 @@ SOURCES = {
     traffic.LOSS: "float32 logits, log-softmax and their gradients, or trl's tiles",
     traffic.CLIPPING: "torch, clip_grad.py: gradients read for the norm, read and written for the factor",
     traffic.OPTIMIZER: "weights, gradients and states, as often as the step's statements read and write them",
+    traffic.COPIES: "weights into and out of gathered buffers, gradients side by side (torch, fully_shard, DDP)",
+    LINKED: "bytes over each GPU's link that its kernels do not hide (communication.py)",
     WAITING: "ops launched one by one from Python and autograd's thread, slower than the GPU runs them",
 }
 
 
 def _follow(stretch: Sequence[Section], c: Ceilings) -> float:
-    """Seconds from when host and GPU set out together until both are done."""
-    host = gpu = 0.0
+    """Seconds from when host and GPU set out together until both are done.
+
+    What a section needs of other GPUs is under way since the host came to the section before it; what it gives them
+    goes when it is done.
+    """
+    host = gpu = link = before = 0.0
     known: dict[Section, tuple[float, float]] = {}
     for section in stretch:
         if section not in known:
             known[section] = (_host_s(section, c.host), _gpu_s(section, c))
         launching, running = known[section]
+        if section.gathered:
+            link = max(link, before) + section.gathered / c.link_per_s
+            gpu = max(gpu, link)
+        before = host
         host += launching
         gpu = max(gpu + running, host)
-    return gpu
+        if section.reduced:
+            link = max(link, gpu) + section.reduced / c.link_per_s
+    return max(gpu, link)
 
 
 def _host_s(section: Section, host: Host) -> float:
@@ -280,7 +340,8 @@ def _host_s(section: Section, host: Host) -> float:
         + section.products_4bit * host.product_4bit_s
         + section.dequantised * host.dequantise_s
         + section.checkpoints * checkpoint_s
-        + section.tensors * each * host.speed
+        + section.tensors * (each + _DTENSOR_S * section.sharded) * host.speed
+        + sum(n * s for n, s in zip(section.hooks, _HOOKS_S, strict=True)) * host.speed
     )
 
 

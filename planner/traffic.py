@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PRODUCTS, ATTENTION, NF4, ELEMENTWISE = "matrix products", "attention", "4-bit weights", "elementwise ops"
 LOSS, CLIPPING, OPTIMIZER = "logits and loss", "gradient clipping", "optimizer step"
+COPIES = "copies for other GPUs"
 
 
 class Kernel(NamedTuple):
@@ -53,6 +54,24 @@ class Kernel(NamedTuple):
     form: str = ""
 
 
+class Hooks(NamedTuple):
+    """What the host does in a section to share the run: calls of fully_shard's and DDP's hooks (communication.py).
+
+    Units that are gathered or whose gradients are added up, and the weights in them; gradients copied to DDP's buckets.
+    """
+
+    units: int = 0
+    weights: int = 0
+    buckets: int = 0
+
+    def more(self, units: int = 0, weights: int = 0, buckets: int = 0) -> Hooks:
+        """These and as many more."""
+        return Hooks(self.units + units, self.weights + weights, self.buckets + buckets)
+
+
+_NO_HOOKS = Hooks()
+
+
 @dataclass(slots=True, eq=False)  # one object for each: a key
 class Section:
     """The kernels of one stretch of a step, each with how often it runs, and what the host does to launch them.
@@ -70,6 +89,10 @@ class Section:
     checkpoints: int = 0
     tensors: int = 0  # that clipping or the optimizer goes through one by one
     by: str = ""  # the optimizer
+    gathered: int = 0  # bytes over each GPU's link before it begins,
+    reduced: int = 0  # and after it
+    hooks: Hooks = _NO_HOOKS
+    sharded: bool = False  # the tensors are DTensors
 
     @property
     def launches(self) -> int:

@@ -99,7 +99,7 @@ OPTIONS = _options(
         ("transformers", "trl", "unsloth"),
     ),
     Option("expandable_segments", "flag", "no", "PyTorch's allocator setting."),
-    Option("num_gpus", "integer", "1", "GPUs of the run; for now, one.", most=1024),
+    Option("num_gpus", "integer", "1", "GPUs of the run, each with a process of its own.", most=1024),
     Option(
         "parallel",
         "choice",
@@ -463,11 +463,10 @@ def _refuse_phases(run: TrainingOptions) -> None:
 
 def _refuse_parallel(run: TrainingOptions) -> None:
     parallel = run.parallel
-    if parallel == "fsdp" and optimizer.get(run.optimizer).paged:
-        raise UsageError(
-            f"optimizer {run.optimizer} pages its states by itself, which fsdp's sharded tensors do not allow; "
-            "choose another --optimizer or --parallel"
-        )
+    if parallel == "fsdp":
+        _refuse_fsdp(run)
+    if parallel.startswith("zero"):
+        _refuse_zero(run)
     if parallel != "none" and run.num_gpus == 1:
         raise UsageError(f"parallel {parallel} needs several GPUs and num_gpus is 1; add --num-gpus or leave it out")
     if parallel == "none" and run.num_gpus > 1:
@@ -477,16 +476,46 @@ def _refuse_parallel(run: TrainingOptions) -> None:
             raise UsageError(f"{name} belongs to fsdp and zero, and parallel is {parallel}; add --parallel fsdp")
 
 
+def _refuse_fsdp(run: TrainingOptions) -> None:
+    used = optimizer.get(run.optimizer)
+    if used.implementation == "bnb":
+        # torch/distributed/tensor/_sharding_prop.py: "... does not have a sharding strategy registered"
+        raise UsageError(
+            f"optimizer {run.optimizer} cannot step fsdp's sharded tensors, since bitsandbytes' kernels have no rule "
+            "for them; choose --optimizer adamw_torch_fused or --parallel ddp"
+        )
+    if used.name == "adafactor":
+        # transformers/optimization.py: "aten.add_.Tensor got mixed torch.Tensor and DTensor"
+        raise UsageError(
+            "optimizer adafactor cannot step fsdp's sharded tensors, since its factors are plain ones; "
+            "choose --optimizer adamw_torch_fused or --parallel ddp"
+        )
+    if run.trainer != "transformers":
+        raise UsageError(
+            f"trainer {run.trainer} is not planned under fsdp, whose hooks its fused head goes past; "
+            "choose --trainer transformers or --parallel ddp"
+        )
+
+
+def _refuse_zero(run: TrainingOptions) -> None:
+    if run.mixed_precision == "no" and run.weights_dtype != "fp32":
+        # deepspeed/runtime/engine.py, __check_params
+        raise UsageError(
+            f"parallel {run.parallel} without mixed precision takes fp32 weights alone, and weights_dtype is "
+            f"{run.weights_dtype}; add --mixed-precision {run.weights_dtype} or --weights-dtype fp32"
+        )
+    if run.trainer != "transformers":
+        raise UsageError(
+            f"trainer {run.trainer} is not planned under {run.parallel}; "
+            "choose --trainer transformers or --parallel ddp"
+        )
+
+
 def _refuse_unsupported(run: TrainingOptions) -> None:
     if run.trainer not in SUPPORTED_TRAINERS:
         raise UsageError(
             f"trainer {run.trainer} is planned in a later version; "
             f"known now: {', '.join(SUPPORTED_TRAINERS)} (--trainer)"
-        )
-    if run.num_gpus > 1:
-        raise UsageError(
-            f"num_gpus is {run.num_gpus}, but several GPUs cannot be planned yet, and one GPU's figures would be wrong "
-            "for them; plan with --num-gpus 1"
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner import memory
-from vramplan.planner.device import device
+from vramplan.planner.device import device, nccl_bytes
 from vramplan.planner.errors import UsageError
 from vramplan.planner.fit import fit_on, judged, room_bytes
 from vramplan.planner.plan import _count, _learned, abilities
@@ -32,20 +32,24 @@ if TYPE_CHECKING:
     from vramplan.planner.throughput import Range, StepTime
     from vramplan.planner.training import TrainingOptions
 
-    Events = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
+    Events = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[tuple[int, int], ...]]
 
 
 def command(
     model: object,
     asked: Mapping[str, object],
-    gpu: str,
+    gpu: str | None = None,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
     prices: str | os.PathLike[str] | None = None,
+    *,
+    name: str = "",
 ) -> str:
-    """The command that plans a run, ready for a shell; `model` as it was named."""
+    """The command that plans a run, ready for a shell; `model` as it was named, `name` another command than plan."""
     versions = ",".join(f"{name}={version}" for name, version in stack.items()) if isinstance(stack, Mapping) else stack
-    words = ["vramplan", shlex.quote(str(model)), flags(asked), "--gpu", shlex.quote(gpu)]
+    words = ["vramplan", name, shlex.quote(str(model)), flags(asked)]
+    if gpu:
+        words += ["--gpu", shlex.quote(gpu)]
     if versions:
         words += ["--stack", shlex.quote(versions)]
     if not calibration:
@@ -123,14 +127,16 @@ class Bench:
     def possible(self, asked: Mapping[str, object]) -> bool:
         """Whether the run's tensors alone would find room; False also where there can be no such run."""
         try:
-            return self._peak(self.options(asked)) <= self.room_bytes
+            options = self.options(asked)
+            return self._peak(options) <= self._room_bytes(options)
         except UsageError:
             return False
 
     def spare_bytes(self, asked: Mapping[str, object]) -> int:
         """What a run leaves of the room with its whole cache; below 0 what is too much, or no such run."""
         try:
-            return self.room_bytes - self._replay(self.options(asked)).peak_reserved_bytes
+            options = self.options(asked)
+            return self._room_bytes(options) - self._replay(options).peak_reserved_bytes
         except UsageError:
             return -self.room_bytes
 
@@ -140,7 +146,10 @@ class Bench:
 
     def survives(self, asked: Mapping[str, object]) -> bool:
         """Whether it fits, be it only just."""
-        return self.possible(asked) and not self._replay(self.options(asked), self.room_bytes).out_of_memory
+        if not self.possible(asked):
+            return False
+        options = self.options(asked)
+        return not self._replay(options, self._room_bytes(options)).out_of_memory
 
     def trial(self, asked: Mapping[str, object], closely: bool = True) -> Trial:
         """The whole verdict on a run, and where it fails how.
@@ -149,15 +158,16 @@ class Bench:
         """
         try:
             options = self.options(asked)
-            if not closely and self._peak(options) > self.room_bytes:
-                needed = self._peak(options) + self.gpu.budget_bytes - self.room_bytes
+            room_bytes = self._room_bytes(options)
+            if not closely and self._peak(options) > room_bytes:
+                needed = self._peak(options) + self.gpu.budget_bytes - room_bytes
                 return Trial(options, fit_on(self.gpu, needed, abilities(options)))
             played = self._replay(options)
         except UsageError as error:
             return Trial(None, None, refused=str(error))
         fit = judged(self.gpu, played, lambda room: self._replay(options, room), abilities(options))
         failing = closely and not fit.fits
-        return Trial(options, fit, self._replay(options, self.room_bytes).out_of_memory if failing else "")
+        return Trial(options, fit, self._replay(options, room_bytes).out_of_memory if failing else "")
 
     def time(self, options: TrainingOptions) -> StepTime | None:
         """What a step takes there; None where the GPU's rates are not known."""
@@ -170,6 +180,10 @@ class Bench:
         from vramplan.planner import throughput
 
         return throughput.span_of(throughput.work(self._run(options)), self.gpu, self.known)
+
+    def _room_bytes(self, options: TrainingOptions) -> int:
+        """What PyTorch may reserve: with several GPUs NCCL has its own part."""
+        return self.room_bytes - nccl_bytes(options.num_gpus)[0]
 
     def _peak(self, options: TrainingOptions) -> int:
         if options not in self._peaks:
@@ -191,11 +205,14 @@ class Bench:
         key = (_events(self._run(options)), options.expandable_segments, room)
         if key not in self._shared:
             self._shared[key] = memory.estimate(self.architecture, options, self.on, counts, room)
-        context, hidden = self.on.context_bytes, self.on.hidden_bytes
-        return replace(self._shared[key], context_bytes=context, hidden_bytes=hidden)
+        found = self._shared[key]
+        context, hidden = self.on.context_bytes + found.nccl_bytes, self.on.hidden_bytes
+        return replace(found, context_bytes=context, hidden_bytes=hidden)
 
 
 def _events(run: Run) -> Events:
-    """All that the allocator is given: the events up to the second step, which later ones repeat, and the sizes."""
+    """All that the allocator is given: the events up to the second step, which later ones repeat; sizes, streams."""
     stretches = (*run.loading, *run.step(0), *run.step(1))
-    return tuple([tuple(stretch.events) for stretch in stretches]), tuple(run.program.sizes)
+    program = run.program
+    events = tuple([tuple(stretch.events) for stretch in stretches])
+    return events, tuple(program.sizes), tuple(program.streams.items())

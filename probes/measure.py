@@ -66,20 +66,25 @@ class Marks(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class _Sums(transformers.TrainerCallback):  # type: ignore[misc]
-    """Bytes of the gradients and of the optimizer's states; of step `recorded`, PyTorch's memory history.
+    """Bytes of this rank's gradients and optimizer states; of step `recorded`, PyTorch's memory history.
 
     Steps count from 0, and the first cannot be recorded: a step goes from the end of the one before to its own, as it
     does in a plan. `history` holds the bytes that were asked for and held when it began, labels, and events.
     """
 
-    def __init__(self, recorded: int | None) -> None:
-        self.recorded = recorded
+    def __init__(self, recorded: int | None, *, sharded: bool = False) -> None:
+        self.recorded, self.sharded = recorded, sharded
         self.gradient_bytes = self.optimizer_state_bytes = 0
         self.history: tuple[int, list[str], list[list[Any]]] | None = None
         self._start_bytes = 0
 
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        if self.sharded:
+            workload.fill(model)
+
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.gradient_bytes = _nbytes(p.grad for p in model.parameters() if p.grad is not None)
+        made = (p.grad for p in model.parameters() if p.grad is not None)
+        self.gradient_bytes = _nbytes(getattr(grad, "_local_tensor", grad) for grad in made)
 
     def on_step_end(self, _: Any, state: Any, *__: Any, optimizer: Any, **___: Any) -> None:
         if state.global_step == self.recorded:
@@ -89,7 +94,8 @@ class _Sums(transformers.TrainerCallback):  # type: ignore[misc]
             self.history = (self._start_bytes, *history.events())
             history.stop()
         held = (value for states in optimizer.state.values() for value in states.values())
-        self.optimizer_state_bytes = _nbytes(value for value in held if torch.is_tensor(value) and value.is_cuda)
+        held = (getattr(value, "_local_tensor", value) for value in held if torch.is_tensor(value))
+        self.optimizer_state_bytes = _nbytes(value for value in held if value.is_cuda)
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -107,7 +113,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     if case["options"].get("expandable_segments"):
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if case["limit_bytes"] is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         # CUDACachingAllocator takes size_t(fraction * total); half a byte keeps that from falling below the limit
         torch.cuda.set_per_process_memory_fraction(min(1.0, (case["limit_bytes"] + 0.5) / total))
     note = Marks()
@@ -136,7 +142,7 @@ def _train(case: dict[str, Any], note: Marks) -> dict[str, Any]:
         trainer = workload.trainer(model, options, lora, arguments)
         if options.trainer == "trl":  # SFTTrainer adds the adapter itself
             note.mark("ready")
-        sums = _Sums(case["steps"] - 1 if case["record"] else None)
+        sums = _Sums(case["steps"] - 1 if case["record"] else None, sharded=options.parallel == "fsdp")
         trainer.add_callback(note)
         trainer.add_callback(sums)
         trainer.train()

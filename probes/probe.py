@@ -27,7 +27,7 @@ from vramplan.planner.plan import plan
 from vramplan.planner.stack import KNOWN, installed, parse_stack
 from vramplan.planner.training import refuse_phases
 from vramplan.planner.units import MIB, format_gib, parse_size
-from vramplan.probes import probe_cases, probe_gpu
+from vramplan.probes import probe_cases, probe_gpu, ranks
 from vramplan.probes.probe_cases import Case, Machine
 from vramplan.probes.probe_runner import Runner
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vramplan.planner.fit import Boundary
+    from vramplan.planner.training import TrainingOptions
     from vramplan.probes.compare import Divergence
 
 BUDGET_S, QUICK_S, GRID_S = 120.0, 30.0, 3600.0
@@ -114,7 +115,7 @@ class Result:
             Figure(
                 "adapter and preparation",
                 said.ready_bytes - said.loaded_bytes,
-                line["ready_bytes"] - line["loaded_bytes"],
+                (line["ready_bytes"] or 0) - (line["loaded_bytes"] or 0),
             ),
             Figure("gradients", run.gradient_bytes, line["gradient_bytes"]),
             Figure("optimizer states", run.state_bytes, line["optimizer_state_bytes"]),
@@ -219,8 +220,8 @@ def run_dict(result: Result) -> dict[str, Any]:
     if result.outcome == "ok":
         o = case.plan.options
         held = {
-            "weights": line["loaded_bytes"],
-            "adapter and preparation": line["ready_bytes"] - line["loaded_bytes"],
+            "weights": line["loaded_bytes"] or 0,
+            "adapter and preparation": (line["ready_bytes"] or 0) - (line["loaded_bytes"] or 0),
             "optimizer states": line["optimizer_state_bytes"],
         }
         held["activations, gradients and buffers"] = line["peak_allocated_bytes"] - sum(held.values())
@@ -231,7 +232,7 @@ def run_dict(result: Result) -> dict[str, Any]:
             "peak_phase": "optimizer step" if updating else "forward and backward",
             **{name: line[name] for name in measured if name in line},
         }
-        tokens = o.batch_size * o.seq_len * o.gradient_accumulation_steps
+        tokens = o.batch_size * o.seq_len * o.gradient_accumulation_steps * o.num_gpus
         time_s = {"step_s": line["step_s"], "tokens_per_s": tokens / line["step_s"]}
     return {
         **planned,
@@ -291,10 +292,14 @@ class Probe:
             "others_bytes": others,
             "record": case.record,
         }
-        ended = self.runner.run("vramplan.probes.measure:measure", asked, timeout_s)
+        num_gpus = case.plan.options.num_gpus
+        if num_gpus > 1:
+            ended = ranks.launch(asked, num_gpus, timeout_s)
+        else:
+            ended = self.runner.run("vramplan.probes.measure:measure", asked, timeout_s)
         if ended.outcome != "ok":
             return self._keep(Result(case, ended.outcome, ended.reason, {}, ended.seconds))
-        found = dict(ended.answer)
+        found = dict(ended.answer) if num_gpus == 1 else ranks.together(ended.answer)
         history = found.pop("history", None)
         if self._moved(others):
             found |= {"device_used_bytes": None, "context_bytes": None, "process_bytes": None}
@@ -531,7 +536,8 @@ def probe(
     limit_bytes = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     _refuse(model, options, quick=quick, full=full, boundary=boundary, snapshot=snapshot)
     if model is not None:
-        plan(model, **options)  # a wrong question is answered at once, not after the imports
+        asked = plan(model, **options).options  # a wrong question is answered at once, not after the imports
+        _refuse_parallel(asked, boundary=boundary, snapshot=snapshot)
     if lacking := [name for name in _needed(options) if find_spec(name) is None]:
         raise Failure(f"not installed: {', '.join(lacking)}; a probe trains for real: {_install(lacking)}")
     file = None if output is None else _writable(output)
@@ -584,6 +590,17 @@ def _refuse(
         raise UsageError("--boundary and --snapshot are two questions; ask one at a time")
     if boundary is not None and boundary in options:
         raise UsageError(f"{boundary} is what --boundary searches; leave out --{boundary.replace('_', '-')}, or --over")
+
+
+def _refuse_parallel(asked: TrainingOptions, *, boundary: str | None, snapshot: bool) -> None:
+    if asked.num_gpus == 1:
+        return
+    if boundary is not None or snapshot:
+        what = "--snapshot" if boundary is None else "--boundary"
+        raise UsageError(f"{what} is for one GPU; leave it out, or --num-gpus")
+    here = probe_gpu.count()
+    if asked.num_gpus > here:
+        raise Failure(f"the run is on {asked.num_gpus} GPUs and {here} are here; {probe_gpu.OTHER_WAYS}")
 
 
 def _needed(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -80,7 +80,8 @@ class Case:
     def options(self) -> dict[str, Any]:
         """The plan's options as a measured run's line has them: those that mean something for it and for its memory."""
         values = self.plan.options.as_dict()
-        return {name: v for name, v in values.items() if v is not None and name not in _NOT_MEASURED}
+        left_out = _NOT_MEASURED if self.plan.options.num_gpus == 1 else _NOT_MEASURED[2:]
+        return {name: v for name, v in values.items() if v is not None and name not in left_out}
 
     @property
     def survives(self) -> bool:
@@ -142,7 +143,7 @@ def case_of(model: Any, options: Mapping[str, Any], machine: Machine, limit_byte
     """
     made = plan(model, gpu=machine.card, **options)
     budget = machine.free_bytes if limit_bytes is None else min(limit_bytes, machine.free_bytes)
-    context = made.device.context_bytes - made.device.hidden_bytes
+    context = made.memory.context_bytes - made.device.hidden_bytes
     room = budget - context
     if room <= 0:
         raise UsageError(

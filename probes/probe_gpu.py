@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,17 @@ def driver() -> str:
         return str(nvml.nvmlSystemGetDriverVersion())
     except nvml.NVMLError as error:
         raise Failure(f"the NVIDIA driver does not answer ({_reason(error)}); {OTHER_WAYS}") from None
+
+
+def count() -> int:
+    """How many GPUs CUDA shows a process: all of the driver's, or those that CUDA_VISIBLE_DEVICES names."""
+    nvml = _nvml()
+    try:
+        there = int(nvml.nvmlDeviceGetCount())
+    except nvml.NVMLError:
+        there = 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None else min(there, len([each for each in visible.split(",") if each.strip()]))
 
 
 def memory(uuid: str) -> Memory | None:

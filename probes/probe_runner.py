@@ -48,7 +48,7 @@ class Runner:
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="vramplan-")
         except OSError as error:
-            raise Failure(f"no temporary folder can be made ({_first_line(error)}); set TMPDIR to another") from None
+            raise Failure(f"no temporary folder can be made ({first_line(error)}); set TMPDIR to another") from None
         with _output_to(self._log), contextlib.suppress(OSError):
             forkserver.ensure_running()  # its imports begin at once, and what they print is not the answer
 
@@ -75,7 +75,7 @@ class Runner:
             try:
                 process.start()
             except (OSError, EOFError) as error:
-                return Outcome("failed", None, f"no process could be started: {_first_line(error)}", 0.0)
+                return Outcome("failed", None, f"no process could be started: {first_line(error)}", 0.0)
             started = time.monotonic()  # the first start waits for the server's imports
             theirs.close()
             outcome, answer, reason = self._await(ours, process, timeout_s)
@@ -107,15 +107,8 @@ class Runner:
         if exitcode is not None and exitcode < 0:
             with contextlib.suppress(ValueError):
                 how = f"died of {signal.Signals(-exitcode).name}"
-        last = self._last_line()
+        last = last_line(self._log)
         return f"the process {how}" + (f"; its last words: {last}" if last else "")
-
-    def _last_line(self) -> str:
-        try:
-            lines = self._log.read_bytes()[-4000:].decode(errors="replace").split("\n")
-        except OSError:
-            return ""
-        return _printable(next((line for line in reversed(lines) if line.strip()), ""))
 
 
 def _child(theirs: connection.Connection, job: str, argument: Any, log: str) -> None:
@@ -133,7 +126,7 @@ def _child(theirs: connection.Connection, job: str, argument: Any, log: str) -> 
 
         traceback.print_exc()
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        answer = ["failed", None, f"{kind}{_first_line(error)}"]
+        answer = ["failed", None, f"{kind}{first_line(error)}"]
     theirs.send_bytes(json.dumps(answer).encode())  # not pickled: a type of torch's would import torch over there
 
 
@@ -155,7 +148,17 @@ def _output_to(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _first_line(error: BaseException) -> str:
+def last_line(file: Path) -> str:
+    """The last line of what was printed to a file; empty where nothing was."""
+    try:
+        lines = file.read_bytes()[-4000:].decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return _printable(next((line for line in reversed(lines) if line.strip()), ""))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return _printable(str(error).strip().split("\n")[0]) or type(error).__name__
 
 

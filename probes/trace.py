@@ -143,6 +143,8 @@ def trace(
     """
     refuse_phases(options, "a trace")
     asked = parse_options(options)
+    if asked.num_gpus > 1:
+        raise UsageError(f"num_gpus is {asked.num_gpus}, and a trace runs on one; leave --num-gpus out")
     versions = _installed_only(stack)
     card = None if gpu is None else catalog.gpu(gpu)
     reference = resolve_model(model)

@@ -64,10 +64,15 @@ def hf_config(config: Mapping[str, Any], options: TrainingOptions) -> transforme
 
 
 def load(config: Mapping[str, Any], options: TrainingOptions) -> transformers.PreTrainedModel:
-    """The base model on the current CUDA device, with random weights, quantised for qlora."""
+    """The base model on the current CUDA device, with random weights, quantised for qlora.
+
+    For fsdp it is in host memory where it is not quantised, and its weights are not set.
+    """
     cfg = hf_config(config, options)
     if options.method == "qlora":
         return _quantised(cfg, options)
+    if options.parallel == "fsdp":
+        return _in_host_memory(cfg, options)
     with torch.device("cuda"):
         return from_config(cfg, options)
 
@@ -79,14 +84,46 @@ def from_config(cfg: transformers.PretrainedConfig, options: TrainingOptions) ->
     )
 
 
+def _in_host_memory(cfg: transformers.PretrainedConfig, options: TrainingOptions) -> transformers.PreTrainedModel:
+    """The model as from_pretrained leaves it for fully_shard, which moves it to the GPU unit by unit.
+
+    Its weights are pages that nobody has written, so that no rank holds a copy; they are float32 at once where
+    accelerate would make them so (fsdp2_prepare_model).
+    """
+    with torch.device("meta"):
+        model = from_config(cfg, options)
+    if options.method == "full" and options.mixed_precision != "no":
+        model = model.to(torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    for module in model.modules():  # tables of frequencies are worked out by their module's constructor
+        if any(True for _ in module.buffers(recurse=False)) and hasattr(module, "config"):
+            for name, buffer in type(module)(module.config).named_buffers(recurse=False):
+                module.register_buffer(name, buffer, persistent=False)
+    return model.train()
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random numbers in every weight, or in this rank's shard of it: products of zeros run faster than others."""
+    with torch.no_grad():
+        for p in model.parameters():
+            local = getattr(p, "_local_tensor", p).data
+            if local.is_floating_point():
+                local.normal_(0, 0.02)
+
+
 def quantization_config(options: TrainingOptions) -> transformers.BitsAndBytesConfig:
-    """NF4 as QLoRA has it, computing in autocast's dtype, or in the weights' own without autocast."""
+    """NF4 as QLoRA has it, computing in autocast's dtype, or in the weights' own without autocast.
+
+    For fsdp it is stored in that dtype too: what is stored as uint8 is not sharded.
+    """
     compute = options.weights_dtype if options.mixed_precision == "no" else options.mixed_precision
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=options.double_quant,
         bnb_4bit_compute_dtype=DTYPES[compute],
+        bnb_4bit_quant_storage=DTYPES[compute] if options.parallel == "fsdp" else torch.uint8,
     )
 
 
@@ -129,7 +166,12 @@ def _quantised(cfg: transformers.PretrainedConfig, options: TrainingOptions) -> 
                 del drawn
                 if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
                     made[id(p)] = bnb.nn.Params4bit(
-                        weight, requires_grad=False, quant_type="nf4", compress_statistics=options.double_quant
+                        weight,
+                        requires_grad=False,
+                        quant_type="nf4",
+                        compress_statistics=options.double_quant,
+                        quant_storage=quant.bnb_4bit_quant_storage,
+                        module=module,  # which keeps the quantisation state where fully_shard replaces the weight
                     ).to("cuda")
                 else:
                     made[id(p)] = torch.nn.Parameter(weight, requires_grad=False)
@@ -196,7 +238,7 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
     """Whole steps' worth of rows of `seq_len` random tokens; with `padded`, half to all of it, right-padded."""
 
     def __init__(self, vocab_size: int, options: TrainingOptions) -> None:
-        a_step = options.batch_size * options.gradient_accumulation_steps
+        a_step = options.batch_size * options.gradient_accumulation_steps * options.num_gpus
         self.length = a_step * -(-ROWS // a_step)  # else an epoch would end in a smaller batch
         self.vocab_size, self.seq_len, self.padded = vocab_size, options.seq_len, options.padded
 
@@ -236,7 +278,18 @@ def training_arguments(options: TrainingOptions, folder: str | Path, steps: int,
         "logging_strategy": "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **(_fsdp(options) if options.parallel == "fsdp" else {}),
         **more,
+    }
+
+
+def _fsdp(options: TrainingOptions) -> dict[str, Any]:
+    """FSDP2, each decoder layer a unit; offloaded gradients are added up in host memory, by gloo."""
+    config = {"reshard_after_forward": options.reshard_after_forward, "cpu_offload": options.cpu_offload}
+    return {
+        "fsdp": True,
+        "fsdp_config": config,
+        **({"ddp_backend": "cuda:nccl,cpu:gloo"} if options.cpu_offload else {}),
     }
 
 

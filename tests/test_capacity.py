@@ -155,11 +155,23 @@ def test_an_asked_length_is_a_row_of_the_frontier() -> None:
     assert capacity._lengths(100, 128) == [100, 128]
 
 
+def test_as_many_gpus_are_tried_as_the_run_needs() -> None:
+    """Two GPUs hold more than one: accelerate's FSDP2 keeps the trained weights in float32, and NCCL has buffers."""
+    found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="fsdp")
+    assert [number for number, _ in found.gpus] == [1, 2, 4]
+    assert [trial.survives for _, trial in found.gpus] == [False, False, True]
+    assert found.gpus[0][1].options == found.asked.options
+    assert found.gpus[2][1].options.parallel == "fsdp"
+    assert found.fits
+    page = "\n".join(plain(fit_page(found)))
+    assert "4 GPUs" in page
+    assert [row["num_gpus"] for row in found.to_dict()["gpus"]] == [1, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
         ({"over": "batch"}, "unknown size 'batch'; did you mean batch_size? (--over)"),
-        ({"over": "num_gpus"}, "num_gpus cannot be varied yet"),
         ({"over": "rank,rank"}, "'rank,rank' names a size twice (--over)"),
         ({"over": ""}, "unknown size ''"),
         ({"over": "rank", "method": "full"}, "full fine-tuning has no rank to vary"),

@@ -34,7 +34,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 CLAIMS: dict[str, Any] = tomllib.loads((DOCS / "claims.toml").read_text("utf-8"))
 PRICES = Path(parameters.__file__).parent.parent / "tables" / "prices.csv"
 NEAR = 0.10  # how far a claim may be from a figure and still be called right
-LATER = "several GPUs: not planned yet"
 INTRO = """\
 # Claims, planned
 
@@ -58,7 +57,7 @@ def planned(model: str, *options: tuple[str, Any]) -> Plan | str:
     except UsageError as error:
         if dict(options).get("num_gpus", 1) == 1:
             raise
-        return LATER if "several GPUs cannot be planned yet" in str(error) else f"refused: {error}"
+        return f"refused: {error}"
 
 
 @cache
@@ -269,7 +268,7 @@ def largest() -> Iterator[tuple[str, ...]]:
 
 
 class Priced(NamedTuple):
-    """1,000 samples for 3 epochs on the cheapest offer; None is what several GPUs would have to hold."""
+    """1,000 samples for 3 epochs on the cheapest offer; None is what nobody lets."""
 
     says: str
     command: str
@@ -294,7 +293,7 @@ def dollars() -> str:
     runs = list(priced())
     lines = []
     for says, typed, cost in runs:
-        where = (LATER, "", "") if cost is None else (
+        where = ("no known offer holds it", "", "") if cost is None else (
             f"{cost.usd:.2f}", f"{short(cost.hours)} ({short(cost.hours_low)}-{short(cost.hours_high)})",
             f"{cost.offer.gpu}, {cost.offer.provider} {cost.offer.kind} {cost.offer.date}",
         )  # fmt: skip
@@ -314,15 +313,8 @@ def dollars() -> str:
 def exercises() -> Iterator[str]:
     for data in CLAIMS["exercise"]:
         options = {name: value for name, value in data.items() if name not in ("title", "models")}
-        try:
-            made = table(data["models"], stack=newest(), calibration=False, today=CLAIMS["as_of"], **options)
-        except UsageError as error:
-            if "several GPUs cannot be planned yet" not in str(error):
-                raise
-            text = f"{LATER}.\n"
-        else:
-            text = report_table.markdown(made)
-        yield f"### {data['title']}\n\n{text}"
+        made = table(data["models"], stack=newest(), calibration=False, today=CLAIMS["as_of"], **options)
+        yield f"### {data['title']}\n\n{report_table.markdown(made)}"
 
 
 def page() -> str:

@@ -20,7 +20,7 @@ from vramplan.planner.report import plain
 from vramplan.planner.units import GIB, MIB
 from vramplan.planner.verify import read, score
 from vramplan.probes import probe as probing
-from vramplan.probes import probe_cases, probe_gpu
+from vramplan.probes import probe_cases, probe_gpu, ranks
 from vramplan.probes.probe import Figure, Probe, Proof, Report, Result
 from vramplan.probes.probe_runner import Outcome
 
@@ -163,6 +163,95 @@ def run(*args: str) -> int:
         main(["probe", *args])
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+# --------------------------------------------------------------------------------------------------------- several GPUs
+
+
+def test_every_rank_is_measured(
+    gpu: Callable[..., PlayedRunner],
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
+        asked.append(case)
+        own = measured(case)
+        return Outcome("ok", [own, own | {"peak_reserved_bytes": own["peak_reserved_bytes"] + MIB}], "", 20.0)
+
+    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    gpu()
+    output = tmp_path / "runs.jsonl"
+    options = ("--method", "full", "--seq-len", "256", "--num-gpus", "2", "--parallel", "fsdp")
+    assert run(config, *options, "--output", str(output)) == 0
+    assert "2 GPUs, fsdp" in capsys.readouterr().out.replace("\n", " ")
+    assert (asked[0]["options"]["num_gpus"], asked[0]["options"]["parallel"]) == (2, "fsdp")
+    line = json.loads(output.read_text())
+    assert [each["peak_reserved_bytes"] for each in line["ranks"]] == [
+        line["peak_reserved_bytes"] - MIB,
+        line["peak_reserved_bytes"],
+    ]
+    (again,) = map(score, read([output]))
+    assert again.errors["allocated"] == 0
+
+
+def test_a_rank_that_fails_ends_the_case_with_its_error(
+    gpu: Callable[..., PlayedRunner], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "rank 1: ValueError: no such thing"
+    monkeypatch.setattr(ranks, "launch", lambda *_: Outcome("failed", None, reason, 9.0))
+    monkeypatch.setattr(probe_gpu, "count", lambda: 8)
+    gpu()
+    assert run(config, "--num-gpus", "2") == 1
+    assert reason in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--num-gpus", "4"), 1, "the run is on 4 GPUs and 2 are here"),
+        (("--num-gpus", "2", "--boundary"), 2, "--boundary is for one GPU"),
+        (("--num-gpus", "2", "--snapshot"), 2, "--snapshot is for one GPU"),
+    ],
+)
+def test_what_several_gpus_cannot_be_asked(
+    gpu: Callable[..., PlayedRunner],
+    config: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    gpu()
+    assert run(config, *words) == code
+    assert said in capsys.readouterr().err
+
+
+def test_what_ranks_wrote(tmp_path: Path) -> None:
+    def write(rank: int, answer: dict[str, Any]) -> None:
+        (tmp_path / f"rank{rank}.json").write_text(json.dumps(answer))
+
+    good = {"outcome": "ok", "reason": "", "peak_allocated_bytes": 5, "peak_reserved_bytes": 8, "step_s": 0.5}
+    write(0, good)
+    assert ranks._answers(tmp_path, 2) == ("crashed", None, "rank 1 gave no answer")
+    write(1, {"error": "RuntimeError: NCCL", "at": 2.0})
+    write(0, {"error": "ValueError: first", "at": 1.0})
+    assert ranks._answers(tmp_path, 2) == ("failed", None, "rank 0: ValueError: first")
+    write(0, good)
+    write(1, good | {"peak_reserved_bytes": 9, "step_s": 0.25})
+    outcome, answers, _ = ranks._answers(tmp_path, 2)
+    assert outcome == "ok"
+    assert answers is not None
+    both = ranks.together(answers)
+    assert (both["peak_allocated_bytes"], both["peak_reserved_bytes"], both["step_s"]) == (5, 9, 0.5)
+    short = ranks.together([good, good | {"outcome": "out_of_memory", "reason": "in step 1"}])
+    assert (short["outcome"], short["reason"]) == ("out_of_memory", "rank 1: in step 1")
 
 
 # ------------------------------------------------------------------------------------------------------------- one plan

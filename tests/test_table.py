@@ -171,10 +171,11 @@ def test_one_question_that_is_wrong_is_an_error() -> None:
         made(method="full", rank=8)
 
 
-def test_several_gpus_fill_in_when_they_can_be_planned() -> None:
-    found = made(num_gpus=[1, 2], columns="memory")
-    assert isinstance(found.cells[0].values[0], int)
-    assert found.cells[1].values or "num_gpus is 2" in found.cells[1].refused
+def test_several_gpus() -> None:
+    found = made(num_gpus=[1, 2], columns="memory,allocated", method="lora", seq_len=64)
+    one, two = (plan("tiny.json", num_gpus=n, method="lora", seq_len=64).memory for n in (1, 2))
+    assert found.cells[0].values == (one.device_bytes, one.peak_allocated_bytes)
+    assert found.cells[1].values == (two.device_bytes, two.peak_allocated_bytes)
 
 
 @pytest.mark.parametrize(

@@ -213,13 +213,15 @@ def test_what_are_no_target_modules(given: Any) -> None:
             {"method": "lora", "attention": "flash_attention_2", "weights_dtype": "fp32", "mixed_precision": "no"},
             "flash_attention_2 computes in fp16 or bf16 only",
         ),
-        ({"optimizer": "paged_adamw_8bit", "num_gpus": 2, "parallel": "fsdp"}, "paged_adamw_8bit pages its states"),
+        (
+            {"optimizer": "paged_adamw_8bit", "num_gpus": 2, "parallel": "fsdp"},
+            "paged_adamw_8bit cannot step fsdp's sharded tensors",
+        ),
         ({"parallel": "fsdp"}, "parallel fsdp needs several GPUs and num_gpus is 1"),
         ({"parallel": "none", "num_gpus": 2}, "num_gpus 2 needs a way to share the work"),
         ({"cpu_offload": True}, "cpu_offload belongs to fsdp and zero, and parallel is none"),
         ({"num_gpus": 2, "reshard_after_forward": False}, "reshard_after_forward belongs to fsdp and zero"),
-        ({"num_gpus": 2}, "several GPUs cannot be planned yet"),
-        ({"num_gpus": 8, "parallel": "zero3", "cpu_offload": True}, "several GPUs cannot be planned yet"),
+        ({"num_gpus": 8, "parallel": "zero3", "mixed_precision": "no"}, "zero3 without mixed precision takes fp32"),
         ({"trainer": "unsloth"}, "trainer unsloth is planned in a later version"),
     ],
 )
