@@ -285,7 +285,9 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
         span = f"{short(each.hours_low)}-{short(each.hours_high)}"
         kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
-        rows.append(Row((f"{each.usd:.2f}", short(each.hours), span, kwh, each.offer.gpu, by)))
+        rows.append(
+            Row((f"{each.usd:.2f}", short(each.hours), span, kwh, gpus_in_use(each.offer.gpu, each.num_gpus), by))
+        )
     return Block(heading, ">>>><<", rows)
 
 
@@ -316,10 +318,15 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
+def gpus_in_use(gpu: str, num_gpus: int) -> str:
+    """GPUs that a run uses."""
+    return gpu if num_gpus == 1 else f"{num_gpus} x {gpu}"
+
+
 def offered(made: Cost) -> str:
     """By whom, on which terms, of which day the price is, and how often the run is cut off."""
     offer = made.offer
-    count = f"{offer.gpu_count} GPUs" if offer.gpu_count > 1 else ""
+    count = f"{offer.gpu_count} GPUs" if offer.gpu_count > made.num_gpus else ""  # of which others idle
     sessions = f"{made.sessions} sessions of {(offer.session_limit_s or 0) / 3600:g} h" if made.sessions > 1 else ""
     return ", ".join(filter(None, [offer.provider, count, f"{offer.kind} {offer.date}", sessions]))
 
