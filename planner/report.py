@@ -59,6 +59,11 @@ def print_error(message: str) -> None:
     print(f"vramplan: {' '.join(message.split())}", file=sys.stderr)
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
 def print_json(data: object) -> None:
     """`data` as JSON on stdout."""
     import json
