@@ -1,7 +1,8 @@
 """Which way to train a model: the method, the GPU and who lets it, by price and by time.
 
-`vramplan choose`. Every method is planned on every GPU that has an offer, and each offer is priced where the plan fits.
-The options stay as asked: a larger GPU is not given a larger batch.
+`vramplan choose`. Every method is planned on every GPU that has an offer, on one and on as many as its instances have,
+and each offer is priced where the plan fits. What one GPU holds, several train by ddp, and what it does not by fsdp.
+The options stay as asked: a larger GPU is not given a larger batch, and each of several takes the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from vramplan.planner.catalog import Gpu
     from vramplan.planner.cost import Cost
-    from vramplan.planner.layers import Architecture
     from vramplan.planner.prices import Offer
     from vramplan.planner.sources import ModelReference
     from vramplan.planner.stack import Stack
@@ -41,10 +41,11 @@ _ALIKE = 1.02  # hours that differ by less are told apart by no estimate
 
 
 class Tried(NamedTuple):
-    """A method on a GPU: its verdict, and the seconds of a step where it fits and the GPU's rates are known."""
+    """A method on a GPU or several: its verdict, and a step's seconds where it fits and the GPU's rates are known."""
 
     method: str
     gpu: Gpu
+    num_gpus: int
     trial: Trial
     step_s: Range | None
     command: str
@@ -157,6 +158,7 @@ class Choice:
                 {
                     "method": each.method,
                     "gpu": each.gpu.name,
+                    "num_gpus": each.num_gpus,
                     **{k: v for k, v in each.trial.to_dict().items() if k != "gpu"},
                 }
                 for each in self.tried
@@ -235,9 +237,12 @@ def choose(
     for method in [run.method] if "method" in asked else METHODS:
         question = for_method(asked, method)
         for card in cards:
-            typed = command(named, question, card.name, stack, calibration, prices)
-            trials.append(partial(_try, architecture, card, versions, calibration, shared, question, typed))
-    tried = tuple(each(trials))
+            bench = Bench(architecture, card, versions, calibration, shared)
+            typed = partial(command, named, gpu=card.name, stack=stack, calibration=calibration, prices=prices)
+            let = sorted({offer.gpu_count for offer in found if offer.gpu == card.name} - {1})
+            counts = () if {"num_gpus", "parallel"} & asked.keys() else let
+            trials.append(partial(_try_all, bench, question, typed, counts))
+    tried = tuple(one for several in each(trials) for one in several)
     ways = [way for one in tried for way in _ways(one, found)]
     ways.sort(key=lambda way: (way.cost.usd, way.cost.hours, way.cost.offer.provider))
     stale = offering.stale([way.cost.offer for way in ways])
@@ -266,15 +271,23 @@ def _of_gpus(found: Iterable[Offer], gpu: str | None) -> list[Offer]:
     return [offer for offer in offers if offer.gpu in names]
 
 
-def _try(
-    architecture: Architecture, card: Gpu, versions: Stack, calibration: bool, shared: dict[Any, Any],
-    asked: Mapping[str, object], typed: str,
-) -> Tried:  # fmt: skip
-    bench = Bench(architecture, card, versions, calibration, shared)
+def _try_all(
+    bench: Bench, asked: Mapping[str, object], typed: Callable[[Mapping[str, object]], str], counts: Sequence[int]
+) -> list[Tried]:
+    """The question as it is, and on each number of GPUs."""
+    found = [_try(bench, asked, typed)]
+    parallel = "ddp" if found[0].trial.roomy else "fsdp"
+    for n in counts:
+        found.append(_try(bench, {**asked, "num_gpus": n, "parallel": parallel}, typed))
+    return found
+
+
+def _try(bench: Bench, asked: Mapping[str, object], typed: Callable[[Mapping[str, object]], str]) -> Tried:
     trial = bench.trial(asked, closely=False)
     usable = trial.options is not None and trial.survives and trial.fit is not None and not trial.fit.lacks
     step_s = bench.span(trial.options) if usable and trial.options else None
-    return Tried(str(asked["method"]), card, trial, step_s, typed)
+    num_gpus = asked.get("num_gpus", 1)
+    return Tried(str(asked["method"]), bench.gpu, int(str(num_gpus)), trial, step_s, typed(asked))
 
 
 def _ways(tried: Tried, found: Iterable[Offer]) -> list[Way]:

@@ -20,7 +20,8 @@ from vramplan.planner.errors import Failure, UnknownArchitecture, UsageError, ne
 from vramplan.planner.training import OPTIONS, PHASE_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import date
 
     from vramplan.planner.plan import Plan
     from vramplan.planner.training import Option
@@ -117,6 +118,10 @@ _prices = click.option("--prices", metavar="FILE", help="A CSV file of prices, i
 _config = click.option("--config", metavar="FILE", help="A TOML file with the same names; the command line goes first.")
 
 
+def _plot(what: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    return click.option("--plot", metavar="FILE", help=f"Draw {what} into an .svg, .png or .pdf file.")
+
+
 @cli.command()
 @click.argument("model", required=False)
 @_training_options
@@ -126,8 +131,18 @@ _config = click.option("--config", metavar="FILE", help="A TOML file with the sa
 @_prices
 @_config
 @_views
+@_plot("the memory over the step")
+@click.option("--plot-of", metavar="timeline|breakdown", help="What --plot draws.  [default: timeline]")
 def plan(
-    model: str | None, config: str | None, as_json: bool, explain: bool, advice: bool, timeline: bool, **options: object
+    model: str | None,
+    config: str | None,
+    as_json: bool,
+    explain: bool,
+    advice: bool,
+    timeline: bool,
+    plot: str | None,
+    plot_of: str | None,
+    **options: object,
 ) -> int:
     """Plan a fine-tuning run of MODEL.
 
@@ -136,20 +151,52 @@ def plan(
       vramplan plan llama-3.1-8b --method qlora --rank 16
       vramplan plan gpt2 --method full --seq-len 512 --explain
       vramplan plan qwen3-4b --method lora --gpu rtx-4090 --advice --timeline
+      vramplan plan qwen3-4b --gpu rtx-4090 --plot cards.png --plot-of breakdown
     """
     asked = _question(config, model=model, **options)
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
+    if plot_of not in (None, "timeline", "breakdown"):
+        raise unknown("picture", plot_of, ("timeline", "breakdown"), "--plot-of")
+    if plot_of and not plot:
+        raise UsageError("--plot-of says what --plot draws; add --plot FILE")
+    _ready(plot)
     try:
         made = make(**asked)
     except UnknownArchitecture as error:
+        if plot:  # a trace has no timeline
+            raise
         return _kept(asked, error, as_json)
     if as_json:
         report.print_json(_as_dict(made, advice))
     else:
         report.print_plan(made, explain=explain, advice=advice, timeline=timeline)
+    _draw(plot, plot_of or "timeline", made, asked)
     return 1 if made.fit is not None and not made.fit.fits else 0
+
+
+def _ready(plot: str | None) -> None:
+    """Says before the work is done what would keep its picture from being drawn."""
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.ready(plot)
+
+
+def _draw(plot: str | None, what: str, made: Any, asked: Mapping[str, Any], name: str = "") -> None:
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.draw(plot, what, made, _again(asked, name))
+
+
+def _again(asked: Mapping[str, Any], name: str = "") -> str:
+    """The command that asks the same, all options of a profile file written out."""
+    from vramplan.planner.trial import command
+
+    where = asked.get("gpu"), asked.get("stack"), asked.get("calibration", True), asked.get("prices")
+    return command(asked["model"], asked, *where, name=name)
 
 
 def _as_dict(made: Plan, advice: bool) -> dict[str, Any]:
@@ -167,6 +214,43 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
     return _print_trace(found, as_json)
 
 
+@cli.command(short_help="Write a plan as a page for a browser.")
+@click.argument("model", required=False)
+@click.option("-o", "--output", metavar="FILE", help="The page, an .html file; an earlier one is replaced.")
+@_training_options
+@_gpu
+@_stack
+@_calibration
+@_prices
+@_config
+def report(model: str | None, config: str | None, output: str | None, **options: object) -> int:
+    """Write the plan of MODEL as one page that opens without a network.
+
+    It has what `vramplan MODEL` prints, with the memory over the step and on each card, what fits --gpu (or the
+    smallest card that holds the plan), how each figure is worked out, and how to make it again. Needs
+    pip install 'vramplan[report]'.
+
+    \b
+    Examples:
+      vramplan report llama-3.1-8b --gpu rtx-4090 -o report.html
+      vramplan report ./my-model/config.json --method full -o full.html
+    """
+    asked = _question(config, model=model, **options)
+    if output is None:
+        raise UsageError("no file is named for the page; add one, such as -o report.html (--output)")
+    from vramplan.planner import report_page
+    from vramplan.planner.report import tracked
+
+    report_page.ready(output)
+
+    def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
+        return (search() for search in tracked(searches, len(searches), "searching"))
+
+    again = f"{_again(asked, 'report')} -o {shlex.quote(output)}"
+    made = report_page.write(output, asked, again, each)
+    return 1 if made.fit is not None and not made.fit.fits else 0
+
+
 @cli.command(short_help="Find the largest run that fits a GPU.")
 @click.argument("model", required=False)
 @click.option(
@@ -180,7 +264,10 @@ def _kept(asked: dict[str, Any], error: UnknownArchitecture, as_json: bool) -> i
 @_calibration
 @_config
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
-def fit(model: str | None, over: str | None, config: str | None, as_json: bool, **options: object) -> int:
+@_plot("the largest batch for each sequence length")
+def fit(
+    model: str | None, over: str | None, config: str | None, as_json: bool, plot: str | None, **options: object
+) -> int:
     """Find the largest run of MODEL that fits a GPU.
 
     Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
@@ -189,7 +276,7 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
 
     \b
     Examples:
-      vramplan fit llama-3.1-8b --gpu rtx-4090
+      vramplan fit llama-3.1-8b --gpu rtx-4090 --plot frontier.svg
       vramplan fit qwen3-4b --gpu 16GiB --over rank,method --seq-len 4096
       vramplan fit llama-3.2-1b --gpu t4 --over batch_size --method full --json
 
@@ -198,16 +285,19 @@ def fit(model: str | None, over: str | None, config: str | None, as_json: bool, 
     asked = _question(config, model=model, **options)
     from vramplan.planner import capacity, report, report_decide
 
+    _ready(plot)
+
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
         return (search() for search in report.tracked(searches, len(searches), "searching"))
 
     asked.pop("prices", None)  # of a profile that is for plans as well
-    asked |= {} if over is None else {"over": over}
-    found = capacity.fit(asked.pop("model"), gpu=asked.pop("gpu", None), each=each, **asked)
+    varied = {} if over is None else {"over": over}
+    found = capacity.fit(**{"gpu": None} | asked | varied, each=each)
     if as_json:
         report.print_json(found.to_dict())
     else:
         report_decide.print_fit(found)
+    _draw(plot, "frontier", found, asked, "fit" if over is None else f"fit --over {shlex.quote(over)}")
     return 0 if found.fits else 1
 
 
@@ -309,6 +399,177 @@ def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
         params = plan.make_context("plan", words[words[:1] == ["plan"] :]).params
         own = _question(params["config"], **{name: params[name] for name in params if name in _PLANNED})
     return make(**shared | own).to_dict()
+
+
+class _Lists(click.Command):
+    """A command whose options may be given several times, those whose values hold commas also by several words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_repeated(args)))
+
+
+_WORD_LISTS = ("--stack", *(option.flag for option in OPTIONS.values() if option.kind == "names"))
+
+
+def _repeated(args: Iterable[str]) -> Iterable[str]:
+    """The words after such an option, up to the next option, each with the option before it."""
+    option, first = "", False
+    for word in args:
+        if word.startswith("-"):
+            option, first = word if word in _WORD_LISTS else "", True
+        else:
+            if option and not first:
+                yield option
+            first = False
+        yield word
+
+
+def _list_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Every training option, to be given as often as there are values."""
+    for option in reversed(OPTIONS.values()):
+        flag = f"{option.flag}/{option.flag.replace('--', '--no-', 1)}" if option.kind == "flag" else option.flag
+        metavar = "NAMES..." if option.kind == "names" else None if option.kind == "flag" else "LIST"
+        command = click.option(flag, option.name, multiple=True, default=None, metavar=metavar, help=option.help)(
+            command
+        )
+    return command
+
+
+@cli.command(cls=_Lists, short_help="Make a table: every option may be a list.")
+@click.argument("models", metavar="MODEL...", nargs=-1)
+@click.option("--columns", metavar="NAMES", help="What is shown.  [default: memory,gpu,cost; others with --gpu]")
+@click.option("--pivot", metavar="OPTION", help="The option whose values stand side by side; model and gpu too.")
+@click.option("--format", "form", metavar="NAME", help="terminal, markdown, csv, json, html or latex.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--into", metavar="FILE", help="Write the table into a document, in the place of an earlier one.")
+@click.option("--between", metavar="MARKER", help="That place: between <!-- MARKER --> and <!-- /MARKER -->.")
+@click.option("--check", metavar="FILE", help="Make a Markdown document's tables anew; exit with 1 if cells differ.")
+@_list_options
+@click.option("--gpu", multiple=True, metavar="LIST", help="GPUs of `vramplan gpus`, or sizes such as 24GiB.")
+@click.option(
+    "--stack", multiple=True, metavar="VERSIONS...", help="Versions to plan for, such as torch=2.11,peft=0.21."
+)
+@_calibration
+@_prices
+@_config
+def table(
+    models: Sequence[str],
+    config: str | None,
+    form: str | None,
+    as_json: bool,
+    into: str | None,
+    between: str | None,
+    check: str | None,
+    **options: Any,
+) -> int:
+    """Make a table of plans: every option may be a list, and every combination is planned.
+
+    Values are separated by commas. What holds commas itself (--target-modules, --stack) takes several words, so MODEL
+    goes before it. The caption holds the command that makes the table again, with the versions that were planned for.
+
+    \b
+    Columns: total, trainable, trainable_percent, adapter, memory, allocated,
+    reserved, context, weights, gradients, optimizer_states, activations, logits,
+    peak_phase, gpu, hours, cost, kwh, offer, download, checkpoint, disk; with
+    --gpu also fits, headroom, step_time, tokens_per_s.
+
+    \b
+    Examples:
+      vramplan table llama-3.2-3b llama-3.1-8b --method full,lora,qlora --columns memory,gpu,cost
+      vramplan table llama-3.2-1b --rank 8,16,32 --target-modules "q_proj,v_proj" attention --columns trainable
+      vramplan table gpt2 --method lora,qlora --seq-len 512,1024 --pivot method --format markdown
+
+    Exit codes: 0 done; 1 a checked table is stale; 2 the question was wrong; 130 interrupted, what is done is shown.
+    """
+    from vramplan.planner import report_table
+
+    if check is not None:
+        others = {"MODEL": models, "into": into, "between": between, "format": form, "config": config, **options}
+        if given := [name for name, value in others.items() if value not in (None, ())]:
+            raise UsageError(f"--check makes each table by its own caption; leave {given[0]} out (--check)")
+        return _check_tables(check)
+    form = "json" if as_json else form
+    if form is not None:
+        report_table.check_format(form)
+    question = _table_question(models, config, options)
+    if into is not None:
+        return _table_into(into, between, form, question)
+    if between is not None:
+        raise UsageError("--between says where in a document the table goes; name the document (--into)")
+    from vramplan.planner.table import table as make
+
+    made = make(**question, each=report_table.planning)
+    report_table.print_table(made, form or "terminal")
+    return 130 if made.missing else 0
+
+
+def _table_question(models: Sequence[str], config: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What a table is asked for: each option with all its values, the command line before the profile."""
+    said: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, ())}
+    for name in said.keys() & {*OPTIONS, "gpu"}:
+        option = OPTIONS.get(name)
+        if option is None or option.kind not in ("flag", "names"):
+            said[name] = [value.strip() for values in said[name] for value in values.split(",")]
+    profile = {} if config is None else _profile(config)
+    for name, value in profile.items():
+        if name in OPTIONS and OPTIONS[name].kind == "names" and isinstance(value, list):
+            profile[name] = value if any(isinstance(each, list) for each in value) else [value]
+    named = profile.pop("model", [])
+    question = profile | said
+    question["models"] = list(models) or (named if isinstance(named, list) else [named])
+    return question
+
+
+def _table_into(file: str, between: str | None, form: str | None, question: dict[str, Any]) -> int:
+    """Writes a table into a document, which is left as it is where nothing but the day would change."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from vramplan.planner import pasted, report, report_table
+    from vramplan.planner.files import save
+    from vramplan.planner.table import table as make
+
+    if between is None:
+        raise UsageError("--into needs the marker that the table stands between; add one, such as --between memory")
+    kind = pasted.format_of(file, form)
+    document = pasted.read(file, "--into")
+    pasted.between(document, between, kind)  # before anything is planned
+    made = make(**question, each=report_table.planning)
+    if made.missing:
+        return 130
+
+    def render(day: date) -> str:
+        return report_table.render(replace(made, date=day), kind)
+
+    renewed = pasted.renewed(document, between, kind, made.date, render)
+    if renewed != document:
+        save(Path(file), renewed, "--into")
+    report.print_lines([f"{file}: the table is {'as it should be' if renewed == document else 'written'}"])
+    return 0
+
+
+def _check_tables(file: str) -> int:
+    """Makes the tables of a document anew, and names the cells that changed."""
+    from vramplan.planner import pasted, report_table
+    from vramplan.planner.table import table as make
+
+    answers = []
+    for found in pasted.tables(pasted.read(file, "--check"), file):
+        where = f"{file}, line {found.line}"
+        try:
+            params = table.make_context("table", list(found.words), help_option_names=[]).params
+            asked = {name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")}
+            made = make(**_table_question(params["models"], None, asked), each=report_table.planning)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        except click.ClickException as error:
+            raise UsageError(f"{where}: {error.format_message()} (--check)") from None
+        if made.missing:
+            return 130
+        sheet = report_table.layout(made)
+        answers.append((where, pasted.changes(found.rows, [sheet.header, *sheet.rows], sheet.labels)))
+    report_table.print_changes(answers)
+    return 1 if any(changes for _, changes in answers) else 0
 
 
 @cli.command(short_help="Plan the run of another framework's config.")
@@ -445,7 +706,8 @@ def _print_trace(found: dict[str, Any], as_json: bool) -> int:
 @click.argument("files", metavar="[FILE]...", nargs=-1)
 @click.option("--tolerance", metavar="PERCENT", help="Exit with 1 beyond it: 2, or allocated=1.5,reserved=5.")
 @click.option("--json", "as_json", is_flag=True, help="Print every run's errors as JSON.")
-def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
+@_plot("planned against measured")
+def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str | None) -> int:
     """Hold plans against measured runs: those of each FILE, or those that come with vramplan.
 
     A FILE is JSON Lines, as vramplan probe writes them. Each run is planned for the GPU and the versions it ran with.
@@ -458,10 +720,12 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
       vramplan verify
       vramplan verify my-runs.jsonl --tolerance 2
       vramplan verify --tolerance allocated=1.5,reserved=10 --json
+      vramplan verify --plot accuracy.svg
     """
     from vramplan.planner import report
     from vramplan.planner import verify as verification
 
+    _ready(plot)
     most = None if tolerance is None else verification.parse_tolerance(tolerance)
     runs = verification.read(files or verification.bundled())
     scores = list(report.tracked(map(verification.score, runs), len(runs), "planning"))
@@ -469,6 +733,10 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool) -> int:
         report.print_json(verification.to_dict(scores, most))
     else:
         report.print_scores(scores, most)
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.draw(plot, "accuracy", scores, shlex.join(["vramplan", "verify", *files]))
     return 1 if most is not None and any(each.beyond(most) for each in scores) else 0
 
 

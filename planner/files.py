@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from vramplan.planner.errors import UsageError, reason, shown
@@ -42,13 +43,32 @@ def write_text(file: Path, text: str) -> None:
 
     Raises OSError.
     """
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """The same of bytes; an earlier file's permissions stay, and a link goes on pointing to it."""
+    file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with scratch.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, scratch)
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def save(file: Path, content: bytes, option: str) -> None:
+    """The same for a file that the user named with `option`: raises UsageError where it cannot be written."""
+    where = shown(str(file))
+    try:
+        if file.exists() and not file.is_file():  # a device would be replaced, too
+            raise UsageError(f"{where} is no file; name one to be written ({option})")
+        write_bytes(file, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {where}: {reason(error)} ({option})") from None

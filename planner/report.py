@@ -18,6 +18,8 @@ from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from rich.console import Console
+
     from vramplan.planner.calibration import Calibration
     from vramplan.planner.catalog import Gpu, Model
     from vramplan.planner.cost import Cost
@@ -57,6 +59,11 @@ def print_error(message: str) -> None:
     print(f"vramplan: {' '.join(message.split())}", file=sys.stderr)
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
 def print_json(data: object) -> None:
     """`data` as JSON on stdout."""
     import json
@@ -78,6 +85,11 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
     With `explain`, how each of its memory rows is worked out, and by what source; with `advice`, what would lower the
     peak; with `timeline`, a drawing of the memory over the step.
     """
+    show(plan_page(plan, explain=explain, advice=advice, timeline=timeline))
+
+
+def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeline: bool = False) -> list[Block]:
+    """The same as blocks, the title and the verdict first."""
     top = [Row((title(plan),), "bold")]
     if plan.fit:
         top.append(verdict(plan.fit.to_dict()))
@@ -98,7 +110,7 @@ def print_plan(plan: Plan, *, explain: bool = False, advice: bool = False, timel
             if phase.name != plan.memory.phase:
                 page.append(_explained(f"The same for {phase.name}: {phase.peak_phase}", phase.components))
         page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
-    show(page)
+    return page
 
 
 def title(plan: Plan) -> str:
@@ -275,7 +287,9 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
         span = f"{short(each.hours_low)}-{short(each.hours_high)}"
         kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
-        rows.append(Row((f"{each.usd:.2f}", short(each.hours), span, kwh, each.offer.gpu, by)))
+        rows.append(
+            Row((f"{each.usd:.2f}", short(each.hours), span, kwh, gpus_in_use(each.offer.gpu, each.num_gpus), by))
+        )
     return Block(heading, ">>>><<", rows)
 
 
@@ -306,12 +320,17 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
+def gpus_in_use(gpu: str, num_gpus: int) -> str:
+    """GPUs that a run uses."""
+    return gpu if num_gpus == 1 else f"{num_gpus} x {gpu}"
+
+
 def offered(made: Cost) -> str:
     """By whom, on which terms, of which day the price is, and how often the run is cut off."""
     offer = made.offer
-    count = f"{offer.gpu_count} GPUs" if offer.gpu_count > 1 else ""
+    count = f"{offer.gpu_count} GPUs" if offer.gpu_count > made.num_gpus else ""  # of which others idle
     if made.instances > 1:
-        count = f"{made.instances} x {count}"
+        count = f"{made.instances} x {offer.gpu_count} GPUs"
     sessions = f"{made.sessions} sessions of {(offer.session_limit_s or 0) / 3600:g} h" if made.sessions > 1 else ""
     return ", ".join(filter(None, [offer.provider, count, f"{offer.kind} {offer.date}", sessions]))
 
@@ -357,10 +376,7 @@ def _gpus(fits: Sequence[Fit]) -> Block:
 
     A card that holds it only just has its own line above.
     """
-    with_room = [fit for fit in fits if fit.retries is None]
-    groups = [list(group) for _, group in groupby(with_room, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
-    small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
-    large = [group for group in groups if group[0].fits][:_FITTING]
+    small, large = card_groups(fits)
     rows = [Row(("", "GB", "headroom", ""), "dim")]
     rows += [Row(("too small", *_card_line(group))) for group in small]
     rows += [Row(("fits", *_card_line(group))) for group in large]
@@ -371,6 +387,14 @@ def _gpus(fits: Sequence[Fit]) -> Block:
         remedy = "planned in fp16 where named (--gpu)" if lacking == ["bf16"] else "which this plan uses"
         rows.append(Row(("", "", "", f"* without {' or '.join(lacking)}, {remedy}"), "dim"))
     return Block("GPUs", "<>><", rows)
+
+
+def card_groups(fits: Sequence[Fit]) -> tuple[list[list[Fit]], list[list[Fit]]]:
+    """The largest sizes of card that do not hold a plan, and the smallest that do with their whole cache."""
+    with_room = [fit for fit in fits if fit.retries is None]
+    groups = [list(group) for _, group in groupby(with_room, key=lambda fit: (fit.gpu.memory_gb, fit.fits))]
+    small = [group for group in groups if not group[0].fits][-_TOO_SMALL:]
+    return small, [group for group in groups if group[0].fits][:_FITTING]
 
 
 def _card_line(group: Sequence[Fit]) -> tuple[str, str, str]:
@@ -388,7 +412,7 @@ def _advice(plan: Plan) -> Block:
     return Block("What would change the peak, each planned by itself", "><", rows)
 
 
-def _phase(stretch: str) -> str:
+def part_of_step(stretch: str) -> str:
     """Which part of the step a stretch belongs to, for the drawing's axis."""
     word = stretch.replace(",", "").split()[0]
     return {"batch": "forward", "autocast": "loss", "forward": "forward", "loss": "loss", "backward": "backward"}.get(
@@ -396,7 +420,7 @@ def _phase(stretch: str) -> str:
     )
 
 
-def _first_of(names: Iterable[str]) -> list[tuple[int, str]]:
+def first_of(names: Iterable[str]) -> list[tuple[int, str]]:
     """Where each name first stands."""
     found: dict[str, int] = {}
     for index, name in enumerate(names):
@@ -433,7 +457,7 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
     # plotille's first line is the head of its axis, its last two the ticks of the other
     lines = [line.rstrip() for line in figure.show().splitlines()[2:-2]]
     left = lines[0].index("|") + 2
-    starts = [(left + index * width // len(moments), name) for index, name in _first_of(map(_phase, phases))]
+    starts = [(left + index * width // len(moments), name) for index, name in first_of(map(part_of_step, phases))]
     axis = ""
     for (start, name), (end, _) in zip(starts, [*starts[1:], (left + width, "")], strict=True):
         axis = axis.ljust(start) + (f"|{name}" if len(name) < end - start else "|")
@@ -668,20 +692,26 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _rich(page: Sequence[Block]) -> str:
     """The page as rich lays it out for this terminal."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(markup=False, highlight=False, emoji=False)
     with console.capture() as captured:
-        for index, block in enumerate(page):
-            if index:
-                console.print()
-            if block.heading:
-                console.print(Text(block.heading, "bold"))
-            table = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
-            for align in block.columns:
-                table.add_column(justify="right" if align == ">" else "left", no_wrap=align == ">", overflow="fold")
-            for row in block.rows:
-                table.add_row(*map(Text, row.cells), style=row.style)
-            console.print(table)
+        lay_out(page, console)
     return captured.get().rstrip("\n")
+
+
+def lay_out(page: Sequence[Block], console: Console) -> None:
+    """Prints the page on a console of rich's."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for index, block in enumerate(page):
+        if index:
+            console.print()
+        if block.heading:
+            console.print(Text(block.heading, "bold"))
+        table = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
+        for align in block.columns:
+            table.add_column(justify="right" if align == ">" else "left", no_wrap=align == ">", overflow="fold")
+        for row in block.rows:
+            table.add_row(*map(Text, row.cells), style=row.style)
+        console.print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vramplan.planner import comparison
 from vramplan.planner.capacity import MOST_TOKENS
 from vramplan.planner.errors import UsageError
-from vramplan.planner.report import Block, Row, offered, recipe, short, show, verdict, whole_run
+from vramplan.planner.report import Block, Row, gpus_in_use, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
 
@@ -220,7 +220,8 @@ def _in_words(way: Way, found: Choice) -> str:
     made = way.cost
     kwh = "" if made.kwh is None else f", {short(made.kwh)} kWh"
     span = f"{short(made.hours)} h ({short(made.hours_low)} to {short(made.hours_high)})"
-    words = [f"{way.tried.method} on {made.offer.gpu} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"]
+    gpus = gpus_in_use(made.offer.gpu, made.num_gpus)
+    words = [f"{way.tried.method} on {gpus} of {made.offer.provider}: ${made.usd:,.2f}, {span}{kwh}"]
     if found.budget_usd is not None and made.usd > found.budget_usd:
         words.append(f"${made.usd - found.budget_usd:,.2f} above the budget")
     if found.deadline_s is not None and 3600 * made.hours > found.deadline_s:
@@ -238,7 +239,14 @@ def _way(way: Way, found: Choice) -> Row:
     ends = {"the cheapest": found.cheapest, "the fastest": found.fastest}
     words += [word for word, end in (ends if found.within else {"the closest": found.closest}).items() if way is end]
     span = f"{short(made.hours_low)}-{short(made.hours_high)}"
-    cells = (f"{made.usd:,.2f}", short(made.hours), span, way.tried.method, made.offer.gpu, ", ".join(words))
+    cells = (
+        f"{made.usd:,.2f}",
+        short(made.hours),
+        span,
+        way.tried.method,
+        gpus_in_use(made.offer.gpu, made.num_gpus),
+        ", ".join(words),
+    )
     return Row(cells, "" if found.certain(way) else "yellow")
 
 
@@ -261,17 +269,22 @@ def _choice_notes(found: Choice, ways: Sequence[Way]) -> Iterator[str]:
         yield f"without bf16, and so planned in fp16: {cards}"
     if any(not way.tried.trial.roomy for way in ways):
         yield "what fits only just survives because PyTorch gives its cache back, which costs time that is not counted"
+    if any(way.cost.num_gpus > 1 for way in ways):
+        yield "each of several GPUs takes batch_size, so a step's batch is so much larger, and steps are fewer"
     yield "hours and dollars are those of training alone, with the options as asked on every GPU"
     yield from found.warnings
 
 
 def _nowhere(tries: Sequence[Tried]) -> str:
     """Why a method fits no GPU."""
-    fits = [(each.trial.fit.headroom_bytes, each.gpu.name) for each in tries if each.trial.fit]
+    fits = [
+        (each.trial.fit.headroom_bytes, gpus_in_use(each.gpu.name, each.num_gpus)) for each in tries if each.trial.fit
+    ]
     if not fits:
         return tries[0].trial.refused
     room, name = max(fits)
-    return f"no GPU with an offer holds it; {name} comes closest, at least {format_gib(-room)} too small"
+    less = format_gib(-room)
+    return f"no GPU with an offer holds it; {name} comes closest, at least {less} too small{' each' * (' x ' in name)}"
 
 
 def _in_fp16(way: Way, found: Choice) -> bool:

@@ -38,14 +38,18 @@ if TYPE_CHECKING:
 def command(
     model: object,
     asked: Mapping[str, object],
-    gpu: str,
+    gpu: str | None = None,
     stack: str | Mapping[str, object] | None = None,
     calibration: bool = True,
     prices: str | os.PathLike[str] | None = None,
+    *,
+    name: str = "",
 ) -> str:
-    """The command that plans a run, ready for a shell; `model` as it was named."""
+    """The command that plans a run, ready for a shell; `model` as it was named, `name` another command than plan."""
     versions = ",".join(f"{name}={version}" for name, version in stack.items()) if isinstance(stack, Mapping) else stack
-    words = ["vramplan", shlex.quote(str(model)), flags(asked), "--gpu", shlex.quote(gpu)]
+    words = ["vramplan", name, shlex.quote(str(model)), flags(asked)]
+    if gpu:
+        words += ["--gpu", shlex.quote(gpu)]
     if versions:
         words += ["--stack", shlex.quote(versions)]
     if not calibration:

@@ -76,9 +76,10 @@ def alone(prices: Path, **asked: Any) -> Choice:
 
 
 def test_every_method_on_every_gpu_with_an_offer(every: Choice) -> None:
-    pairs = {(each.method, each.gpu.name) for each in every.tried}
-    assert pairs == {(method, gpu) for method in ("qlora", "lora", "full") for gpu in ("t4", "rtx-4090", "h100")}
-    assert len(every.ways) == 3 * 6
+    tried = {(each.method, each.gpu.name, each.num_gpus) for each in every.tried}
+    lots = (("t4", 1), ("rtx-4090", 1), ("h100", 1), ("h100", 8))
+    assert tried == {(method, *lot) for method in ("qlora", "lora", "full") for lot in lots}
+    assert len(every.ways) == 3 * (6 + 1)  # six offers for one GPU, one of them for eight as well
     assert every.within == every.ways
 
 
@@ -89,20 +90,35 @@ def test_the_cheapest_first(every: Choice) -> None:
     assert named(every.cheapest)[1:] == ("t4", "free", "free")
     assert every.fastest
     assert every.fastest.cost.hours == min(way.cost.hours for way in every.ways)
-    assert every.fastest.cost.offer.gpu_count == 1  # the instance of eight is as fast and costs eight times as much
+    assert every.fastest.cost.num_gpus == 8
+
+
+def test_several_gpus_share_what_one_holds_and_shard_what_it_does_not(every: Choice, prices: Path) -> None:
+    options = [each.trial.options for each in every.tried if each.num_gpus == 8]
+    assert {each.parallel for each in options if each} == {"ddp"}
+    large = choose("llama-3.1-70b", method="lora", gpu="h100", prices=prices)
+    one, eight = large.tried
+    assert not one.trial.survives
+    assert eight.trial.options
+    assert (eight.trial.options.parallel, eight.trial.roomy) == ("fsdp", True)
+    assert "8 x h100" in words(large)
+    asked = choose(MODEL, method="lora", gpu="h100", num_gpus=2, prices=prices)
+    assert [each.num_gpus for each in asked.tried] == [2]
 
 
 def test_each_way_is_the_plans_own(every: Choice, prices: Path) -> None:
     for way in (every.cheapest, every.fastest):
         assert way
         method, gpu, _, _ = named(way)
-        made = plan(MODEL, method=method, gpu=gpu, **ASKED)
+        several = {"num_gpus": 8, "parallel": "ddp"} if way.cost.num_gpus == 8 else {}
+        made = plan(MODEL, method=method, gpu=gpu, **ASKED, **several)
         assert made.fit == way.tried.trial.fit
         assert made.time
         assert way.cost.hours == pytest.approx(cost.work(made.options).steps * made.time.step_s / 3600)
         assert way.cost.hours_low <= way.cost.hours <= way.cost.hours_high
         assert way.cost.usd == pytest.approx(way.cost.hours * way.cost.offer.usd_per_hour)
-        line = f"vramplan llama --method {method} --batch-size 8 --examples 200000 --gpu {gpu} --prices {prices}"
+        more = " --num-gpus 8 --parallel ddp" if several else ""
+        line = f"vramplan llama --method {method} --batch-size 8{more} --examples 200000 --gpu {gpu} --prices {prices}"
         assert way.tried.command == line
 
 
@@ -141,8 +157,8 @@ def test_the_same_events_are_replayed_once(prices: Path, monkeypatch: pytest.Mon
 
 def test_what_another_beats_is_left_out(every: Choice) -> None:
     best = unbeaten(every.ways)
-    lora = [named(way)[1:] for way in best if way.tried.method == "lora"]
-    # dear's 4090 and the instance of eight are beaten; spot does not beat what is firmer
+    lora = [named(way)[1:] for way in best if way.tried.method == "lora" and way.cost.num_gpus == 1]
+    # dear's 4090 and the instance of eight with seven idle are beaten; spot does not beat what is firmer
     assert lora == [
         ("t4", "free", "free"),
         ("rtx-4090", "near", "spot"),
@@ -201,7 +217,7 @@ def test_nothing_within_says_what_is_closest(prices: Path, run: Any) -> None:
     assert worst[id(found.closest)] == min(worst.values())
     assert found.ways[0] in found.shortlist
     page = words(found)
-    assert "none of 6 ways is within $0.01 and" in page
+    assert "none of 7 ways is within $0.01 and" in page
     assert "closest lora on" in page
     assert " h beyond the deadline" in page
     code, out, err = run("choose ./config.json --prices my-prices.csv --deadline 1s --json")

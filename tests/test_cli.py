@@ -297,7 +297,7 @@ def test_every_command_has_examples_that_run(name: str, run: Any, monkeypatch: p
     assert lines
     Path("my-model").mkdir()
     Path("my-model/config.json").write_text(json.dumps(TINY))
-    Path("my-runs.jsonl").write_text(verify.bundled()[0].read_text("utf-8").partition("\n")[0])
+    Path("my-runs.jsonl").write_text(verify.bundled()[-1].read_text("utf-8").partition("\n")[0])
     shutil.copytree(CONFIGS, ".", dirs_exist_ok=True)
     monkeypatch.setattr(verify, "bundled", lambda: [Path("my-runs.jsonl")])  # all of them are test_measured's
     monkeypatch.setattr(probe, "probe", no_gpu)  # test_probe.py plays one
