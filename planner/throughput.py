@@ -163,6 +163,7 @@ class StepTime:
     """Seconds of an optimizer step, with its range; `parts` add up to `step_s`.
 
     `host_s` is what the host takes to launch everything. `tokens_per_s` counts all positions of a batch, padding too.
+    `assumed` says what was taken for the links between GPUs where nothing was measured.
     """
 
     step_s: float
@@ -171,6 +172,7 @@ class StepTime:
     tokens_per_s: float
     host_s: float
     parts: tuple[Part, ...]
+    assumed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The contract's "time"."""
@@ -184,6 +186,7 @@ class StepTime:
                 {name: getattr(part, name) for name in ("name", "flops", "bytes", "launches", "seconds", "source")}
                 for part in self.parts
             ],
+            "assumed": self.assumed,
         }
 
 
@@ -203,6 +206,16 @@ def link(gpu: Gpu, num_gpus: int) -> Range:
     if gpu.nvlink_gb_s:
         return Range(*[share * gpu.nvlink_gb_s / 2 * 1e9 for share in _NVLINK])
     return Range(*[share * _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4]) for share in _WIRE])
+
+
+def _assumed(gpu: Gpu, num_gpus: int) -> str:
+    if num_gpus == 1 or (gpu.nvlink_gb_s and num_gpus <= HOST_GPUS):
+        return ""
+    if num_gpus > HOST_GPUS:
+        between = f"a network between hosts of {HOST_GPUS} GPUs that carries {_NETWORK_PER_S / 1e9:g} GB/s for each GPU"
+    else:
+        between = f"PCIe {gpu.pcie_gen or 4} with 16 lanes for each GPU"
+    return f"the step's time assumes {between}, of which collectives reach {_WIRE.middle:.0%}; neither is measured"
 
 
 @lru_cache
@@ -297,7 +310,8 @@ def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Ste
         waiting -= linked
     parts.append(Part(WAITING, 0, 0, 0, waiting, SOURCES[WAITING]))
     host_s = sum(_host_s(section, found[0].host) * n for section, n in sections.items())
-    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts))
+    assumed = _assumed(gpu, step.num_gpus)
+    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts), assumed)
 
 
 SOURCES = {
