@@ -22,6 +22,7 @@ from vramplan.planner.training import OPTIONS, PHASE_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import date
 
     from vramplan.planner.plan import Plan
     from vramplan.planner.training import Option
@@ -398,7 +399,7 @@ def choose(
 
 
 @cli.command(short_help="Show plans side by side.")
-@click.argument("plans", metavar="PLAN...", nargs=-1)
+@click.argument("plans", metavar="PLAN...", shell_complete=_models, nargs=-1)
 @_training_options
 @_gpu
 @_stack
@@ -453,11 +454,194 @@ def _answer(word: str, shared: dict[str, Any]) -> dict[str, Any]:
     return make(**shared | own).to_dict()
 
 
+class _Lists(click.Command):
+    """A command whose options may be given several times, those whose values hold commas also by several words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_repeated(args)))
+
+
+_WORD_LISTS = ("--stack", *(option.flag for option in OPTIONS.values() if option.kind == "names"))
+
+
+def _repeated(args: Iterable[str]) -> Iterable[str]:
+    """The words after such an option, up to the next option, each with the option before it."""
+    option, first = "", False
+    for word in args:
+        if word.startswith("-"):
+            option, first = word if word in _WORD_LISTS else "", True
+        else:
+            if option and not first:
+                yield option
+            first = False
+        yield word
+
+
+def _list_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Every training option, to be given as often as there are values."""
+    for option in reversed(OPTIONS.values()):
+        flag = f"{option.flag}/{option.flag.replace('--', '--no-', 1)}" if option.kind == "flag" else option.flag
+        metavar = "NAMES..." if option.kind == "names" else None if option.kind == "flag" else "LIST"
+        command = click.option(flag, option.name, multiple=True, default=None, metavar=metavar, help=option.help)(
+            command
+        )
+    return command
+
+
+@cli.command(cls=_Lists, short_help="Make a table: every option may be a list.")
+@click.argument("models", metavar="MODEL...", shell_complete=_models, nargs=-1)
+@click.option("--columns", metavar="NAMES", help="What is shown.  [default: memory,gpu,cost; others with --gpu]")
+@click.option("--pivot", metavar="OPTION", help="The option whose values stand side by side; model and gpu too.")
+@click.option("--format", "form", metavar="NAME", help="terminal, markdown, csv, json, html or latex.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option(
+    "--into",
+    metavar="FILE",
+    shell_complete=_files,
+    help="Write the table into a document, in the place of an earlier one.",
+)
+@click.option("--between", metavar="MARKER", help="That place: between <!-- MARKER --> and <!-- /MARKER -->.")
+@click.option(
+    "--check",
+    metavar="FILE",
+    shell_complete=_files,
+    help="Make a Markdown document's tables anew; exit with 1 if cells differ.",
+)
+@_list_options
+@click.option("--gpu", multiple=True, metavar="LIST", help="GPUs of `vramplan gpus`, or sizes such as 24GiB.")
+@click.option(
+    "--stack", multiple=True, metavar="VERSIONS...", help="Versions to plan for, such as torch=2.11,peft=0.21."
+)
+@_calibration
+@_prices
+@_config
+def table(
+    models: Sequence[str],
+    config: str | None,
+    form: str | None,
+    as_json: bool,
+    into: str | None,
+    between: str | None,
+    check: str | None,
+    **options: Any,
+) -> int:
+    """Make a table of plans: every option may be a list, and every combination is planned.
+
+    Values are separated by commas. What holds commas itself (--target-modules, --stack) takes several words, so MODEL
+    goes before it. The caption holds the command that makes the table again, with the versions that were planned for.
+
+    \b
+    Columns: total, trainable, trainable_percent, adapter, memory, allocated,
+    reserved, context, weights, gradients, optimizer_states, activations, logits,
+    peak_phase, gpu, hours, cost, kwh, offer, download, checkpoint, disk; with
+    --gpu also fits, headroom, step_time, tokens_per_s.
+
+    \b
+    Examples:
+      vramplan table llama-3.2-3b llama-3.1-8b --method full,lora,qlora --columns memory,gpu,cost
+      vramplan table llama-3.2-1b --rank 8,16,32 --target-modules "q_proj,v_proj" attention --columns trainable
+      vramplan table gpt2 --method lora,qlora --seq-len 512,1024 --pivot method --format markdown
+
+    Exit codes: 0 done; 1 a checked table is stale; 2 the question was wrong; 130 interrupted, what is done is shown.
+    """
+    from vramplan.planner import report_table
+
+    if check is not None:
+        others = {"MODEL": models, "into": into, "between": between, "format": form, "config": config, **options}
+        if given := [name for name, value in others.items() if value not in (None, ())]:
+            raise UsageError(f"--check makes each table by its own caption; leave {given[0]} out (--check)")
+        return _check_tables(check)
+    form = "json" if as_json else form
+    if form is not None:
+        report_table.check_format(form)
+    question = _table_question(models, config, options)
+    if into is not None:
+        return _table_into(into, between, form, question)
+    if between is not None:
+        raise UsageError("--between says where in a document the table goes; name the document (--into)")
+    from vramplan.planner.table import table as make
+
+    made = make(**question, each=report_table.planning)
+    report_table.print_table(made, form or "terminal")
+    return 130 if made.missing else 0
+
+
+def _table_question(models: Sequence[str], config: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What a table is asked for: each option with all its values, the command line before the profile."""
+    said: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, ())}
+    for name in said.keys() & {*OPTIONS, "gpu"}:
+        option = OPTIONS.get(name)
+        if option is None or option.kind not in ("flag", "names"):
+            said[name] = [value.strip() for values in said[name] for value in values.split(",")]
+    profile = {} if config is None else _profile(config)
+    for name, value in profile.items():
+        if name in OPTIONS and OPTIONS[name].kind == "names" and isinstance(value, list):
+            profile[name] = value if any(isinstance(each, list) for each in value) else [value]
+    named = profile.pop("model", [])
+    question = profile | said
+    question["models"] = list(models) or (named if isinstance(named, list) else [named])
+    return question
+
+
+def _table_into(file: str, between: str | None, form: str | None, question: dict[str, Any]) -> int:
+    """Writes a table into a document, which is left as it is where nothing but the day would change."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from vramplan.planner import pasted, report, report_table
+    from vramplan.planner.files import save
+    from vramplan.planner.table import table as make
+
+    if between is None:
+        raise UsageError("--into needs the marker that the table stands between; add one, such as --between memory")
+    kind = pasted.format_of(file, form)
+    document = pasted.read(file, "--into")
+    pasted.between(document, between, kind)  # before anything is planned
+    made = make(**question, each=report_table.planning)
+    if made.missing:
+        return 130
+
+    def render(day: date) -> str:
+        return report_table.render(replace(made, date=day), kind)
+
+    renewed = pasted.renewed(document, between, kind, made.date, render)
+    if renewed != document:
+        save(Path(file), renewed, "--into")
+    report.print_lines([f"{file}: the table is {'as it should be' if renewed == document else 'written'}"])
+    return 0
+
+
+def _check_tables(file: str) -> int:
+    """Makes the tables of a document anew, and names the cells that changed."""
+    from vramplan.planner import pasted, report_table
+    from vramplan.planner.table import table as make
+
+    answers = []
+    for found in pasted.tables(pasted.read(file, "--check"), file):
+        where = f"{file}, line {found.line}"
+        try:
+            params = table.make_context("table", list(found.words), help_option_names=[]).params
+            asked = {name: value for name, value in params.items() if name in (*_PLANNED, "columns", "pivot")}
+            made = make(**_table_question(params["models"], None, asked), each=report_table.planning)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+        except click.ClickException as error:
+            raise UsageError(f"{where}: {error.format_message()} (--check)") from None
+        if made.missing:
+            return 130
+        sheet = report_table.layout(made)
+        answers.append((where, pasted.changes(found.rows, [sheet.header, *sheet.rows], sheet.labels)))
+    report_table.print_changes(answers)
+    return 1 if any(changes for _, changes in answers) else 0
+
+
 @cli.command(short_help="Plan the run of another framework's config.")
 @click.argument("files", metavar="FILE...", shell_complete=_files, nargs=-1)
 @click.option("--from", "framework", metavar="NAME", help="axolotl, llamafactory, trl or transformers.")
 @click.option("--ignore", metavar="KEY", multiple=True, help="Plan as if this key were not there.")
-@click.option("--model", metavar="MODEL", help="The model, where FILE names none or another is meant.")
+@click.option(
+    "--model", metavar="MODEL", shell_complete=_models, help="The model, where FILE names none or another is meant."
+)
 @_training_options
 @_gpu
 @_stack

@@ -35,13 +35,14 @@ class Cost:
     """What a run takes on one offer.
 
     `hours` come of a step's `step_s`, `hours_low` and `hours_high` of its fast and its slow end; the rest is that of
-    `hours`. `usd` is for the whole instance, whose other GPUs idle where it has more than the run uses. `kwh` is what
+    `hours`. `usd` is for whole instances, whose other GPUs idle where they have more than the run uses. `kwh` is what
     those in use take at most, drawing their TDP all the time; None where that is not known. `sessions` is into how many
     the provider's limit cuts the run, each but the first resumed from a checkpoint.
     """
 
     offer: Offer
     num_gpus: int
+    instances: int
     step_s: float
     hours: float
     hours_low: float
@@ -78,17 +79,19 @@ def cost(size: Work, offer: Offer, step_s: Range, num_gpus: int = 1) -> Cost:
 
     Every step is taken to last as long, so an epoch's smaller last one is counted in full.
     """
+    instances = -(-num_gpus // offer.gpu_count)
     hours, low, high = (size.steps * each / 3600 for each in step_s)
     seconds = size.steps * step_s.middle
     tdp_w = _tdp_w(offer.gpu)
     return Cost(
         offer=offer,
         num_gpus=num_gpus,
+        instances=instances,
         step_s=step_s.middle,
         hours=hours,
         hours_low=low,
         hours_high=high,
-        usd=hours * offer.usd_per_hour,
+        usd=hours * offer.usd_per_hour * instances,
         kwh=None if tdp_w is None else hours * num_gpus * tdp_w / 1000,
         sessions=1 if offer.session_limit_s is None else max(1, math.ceil(seconds / offer.session_limit_s)),
     )
@@ -99,9 +102,13 @@ def costs(
 ) -> tuple[Cost, ...]:
     """What `run` costs on each offer that has enough GPUs and where it fits, the cheapest first.
 
+    More GPUs than a host joins are several instances of that many or more.
+
     `fits` and `step_s` answer for a GPU's name; each is asked once for a GPU, `step_s` only where the run fits. A GPU
     whose rates nobody has read has no `step_s`, and its offers are left out.
     """
+    from vramplan.planner.throughput import HOST_GPUS  # who asks for a step's time has it
+
     size = work(run)
     seconds: dict[str, Range | None] = {}
     answers = []
@@ -109,7 +116,7 @@ def costs(
         if offer.gpu not in seconds:
             seconds[offer.gpu] = step_s(offer.gpu) if fits(offer.gpu) else None
         each = seconds[offer.gpu]
-        if each is not None and offer.gpu_count >= run.num_gpus:
+        if each is not None and offer.gpu_count >= min(run.num_gpus, HOST_GPUS):
             answers.append(cost(size, offer, each, run.num_gpus))
     return cheapest_first(answers)
 

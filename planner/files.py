@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from vramplan.planner.errors import UsageError, reason, shown
@@ -46,7 +47,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """The same of bytes."""
+    """The same of bytes; an earlier file's permissions stay, and a link goes on pointing to it."""
+    file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -54,6 +56,8 @@ def write_bytes(file: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, scratch)
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)

@@ -59,6 +59,11 @@ def print_error(message: str) -> None:
     print(f"vramplan: {' '.join(message.split())}", file=sys.stderr)
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
 def print_json(data: object) -> None:
     """`data` as JSON on stdout."""
     import json
@@ -227,6 +232,8 @@ def _memory(plan: Plan) -> Block:
         ("CUDA context" + " and NCCL" * bool(memory.nccl_bytes), device - reserved, ""),
         ("= device total", device, "bold"),
     ]
+    if (ranks := plan.options.num_gpus) > 1:
+        rows.append((f"{ranks:,} GPUs together", device * ranks, ""))
     shown_rows = [Row((name, _decimal(shown, digits)), style) for name, shown, style in rows]
     return Block(f"Memory at the peak: {memory.peak_phase}", "<>", [Row(("", "GiB"), "dim"), *shown_rows])
 
@@ -322,6 +329,8 @@ def offered(made: Cost) -> str:
     """By whom, on which terms, of which day the price is, and how often the run is cut off."""
     offer = made.offer
     count = f"{offer.gpu_count} GPUs" if offer.gpu_count > made.num_gpus else ""  # of which others idle
+    if made.instances > 1:
+        count = f"{made.instances} x {offer.gpu_count} GPUs"
     sessions = f"{made.sessions} sessions of {(offer.session_limit_s or 0) / 3600:g} h" if made.sessions > 1 else ""
     return ", ".join(filter(None, [offer.provider, count, f"{offer.kind} {offer.date}", sessions]))
 
@@ -460,6 +469,8 @@ def _timeline(plan: Plan, width: int = 60, height: int = 14) -> Block:
 
 def _notes(plan: Plan) -> list[str]:
     notes = [*plan.warnings, *plan.memory.notes]
+    if plan.time and plan.time.assumed:
+        notes.append(plan.time.assumed)
     if plan.device.calibration:
         notes.append(_learned(plan.device.calibration))
     if plan.bundled and plan.bundled.verified != "exact":

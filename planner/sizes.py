@@ -87,11 +87,11 @@ def checkpoint(
             "peft/peft_model.py, save_pretrained",
         )
     else:
-        total, itemsize = architecture.total_parameters, ITEMSIZE[options.weights_dtype]
+        total, dtype = architecture.total_parameters, _held(options)
         weights = Component(
             "model.safetensors",
-            _safetensors(architecture, options.weights_dtype),
-            f"{format_count(total)} weights x {itemsize} B ({options.weights_dtype}) and the file's header",
+            _safetensors(architecture, dtype),
+            f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
             "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
         )
     used = optimizer.get(options.optimizer)
@@ -138,6 +138,11 @@ def sizes(
     return base, host, *saved, disk(base, saved, steps)
 
 
+def _held(options: TrainingOptions) -> str:
+    """The dtype in which a full fine-tuning holds its weights (accelerate/utils/fsdp_utils.py, fsdp2_prepare_model)."""
+    return "fp32" if options.parallel == "fsdp" and options.mixed_precision != "no" else options.weights_dtype
+
+
 def _safetensors(architecture: Architecture, dtype: str) -> int:
     named = _SAFETENSORS[dtype]
     return safetensors_bytes([(name, named, weight.shape) for name, _, weight in architecture.weights()])
@@ -153,7 +158,7 @@ def _trained(
             yield shape, dtype, False
     else:
         for _, module, weight in architecture.weights():
-            yield weight.shape, options.weights_dtype, module.kind == "embedding"
+            yield weight.shape, _held(options), module.kind == "embedding"
 
 
 def _state_bytes(used: optimizer.Optimizer, shape: tuple[int, ...], dtype: str, embedding: bool) -> int:

@@ -163,6 +163,7 @@ class StepTime:
     """Seconds of an optimizer step, with its range; `parts` add up to `step_s`.
 
     `host_s` is what the host takes to launch everything. `tokens_per_s` counts all positions of a batch, padding too.
+    `assumed` says what was taken for the links between GPUs where nothing was measured.
     """
 
     step_s: float
@@ -171,6 +172,7 @@ class StepTime:
     tokens_per_s: float
     host_s: float
     parts: tuple[Part, ...]
+    assumed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The contract's "time"."""
@@ -184,6 +186,7 @@ class StepTime:
                 {name: getattr(part, name) for name in ("name", "flops", "bytes", "launches", "seconds", "source")}
                 for part in self.parts
             ],
+            "assumed": self.assumed,
         }
 
 
@@ -203,6 +206,16 @@ def link(gpu: Gpu, num_gpus: int) -> Range:
     if gpu.nvlink_gb_s:
         return Range(*[share * gpu.nvlink_gb_s / 2 * 1e9 for share in _NVLINK])
     return Range(*[share * _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4]) for share in _WIRE])
+
+
+def _assumed(gpu: Gpu, num_gpus: int) -> str:
+    if num_gpus == 1 or (gpu.nvlink_gb_s and num_gpus <= HOST_GPUS):
+        return ""
+    if num_gpus > HOST_GPUS:
+        between = f"a network between hosts of {HOST_GPUS} GPUs that carries {_NETWORK_PER_S / 1e9:g} GB/s for each GPU"
+    else:
+        between = f"PCIe {gpu.pcie_gen or 4} with 16 lanes for each GPU"
+    return f"the step's time assumes {between}, of which collectives reach {_WIRE.middle:.0%}; neither is measured"
 
 
 @lru_cache
@@ -241,9 +254,12 @@ def _ceilings(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step gives to host and GPU, whatever these are: stretches at whose end they wait for each other."""
+    """What a step gives to host and GPU, whatever these are: stretches at whose end they wait for each other.
 
-    stretches: tuple[tuple[Section, ...], ...]
+    Each is there with the number of times that it comes, since micro-steps are alike and may be a million.
+    """
+
+    stretches: tuple[tuple[tuple[Section, ...], int], ...]
     tokens: int  # positions of a step's batch on all GPUs
     num_gpus: int = 1
 
@@ -255,14 +271,14 @@ def work(run: Run) -> Work:
     update = traffic.update(run)
     summed = (traffic.summed_gradients(run),) if run.accumulation > 1 else ()
     if run.sharing is None:
-        return Work((micro, *[(*micro, *summed)] * (run.accumulation - 1), tuple(update)), tokens)
+        return Work(((micro, 1), ((*micro, *summed), run.accumulation - 1), (tuple(update), 1)), tokens)
     from vramplan.planner import communication  # only runs on several GPUs need it
 
     first = tuple(communication.micro_step(run, micro, last=False)) if run.accumulation > 1 else ()
     last = tuple(communication.micro_step(run, micro, last=True))
-    between = [(*first, *summed)] * (run.accumulation - 2)
+    several = ((first, 1), ((*first, *summed), run.accumulation - 2)) if run.accumulation > 1 else ()
     return Work(
-        (*([first] if first else []), *between, (*last, *summed), tuple(communication.update(run, update))),
+        (*several, ((*last, *summed), 1), (tuple(communication.update(run, update)), 1)),
         tokens * run.sharing.ranks,
         run.sharing.ranks,
     )
@@ -271,7 +287,7 @@ def work(run: Run) -> Work:
 def span_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Range | None:
     """Seconds of an optimizer step on `gpu`; None where the GPU's rates are not known."""
     found = ceilings(gpu, calibration, step.num_gpus)
-    return found and Range(*[sum(_follow(stretch, c) for stretch in step.stretches) for c in found])
+    return found and Range(*[_follow_all(step, c) for c in found])
 
 
 def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> StepTime | None:
@@ -280,18 +296,22 @@ def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Ste
     if found is None or span is None:
         return None
     middle, fast, slow = span
-    sections = Counter(section for stretch in step.stretches for section in stretch)
+    sections: Counter[Section] = Counter()
+    for stretch, times in step.stretches:
+        for section in stretch:
+            sections[section] += times
     parts = _parts(sections, found[0])
     waiting = max(0.0, middle - sum(part.seconds for part in parts))
     if step.num_gpus > 1:
         alone = [replace(each, link_per_s=math.inf) for each in found[:1]]
-        linked = min(waiting, max(0.0, middle - sum(_follow(stretch, alone[0]) for stretch in step.stretches)))
+        linked = min(waiting, max(0.0, middle - _follow_all(step, alone[0])))
         nbytes = sum((section.gathered + section.reduced) * n for section, n in sections.items())
         parts.append(Part(LINKED, 0, nbytes, 0, linked, SOURCES[LINKED]))
         waiting -= linked
     parts.append(Part(WAITING, 0, 0, 0, waiting, SOURCES[WAITING]))
     host_s = sum(_host_s(section, found[0].host) * n for section, n in sections.items())
-    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts))
+    assumed = _assumed(gpu, step.num_gpus)
+    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts), assumed)
 
 
 SOURCES = {
@@ -306,6 +326,10 @@ SOURCES = {
     LINKED: "bytes over each GPU's link that its kernels do not hide (communication.py)",
     WAITING: "ops launched one by one from Python and autograd's thread, slower than the GPU runs them",
 }
+
+
+def _follow_all(step: Work, c: Ceilings) -> float:
+    return sum(_follow(stretch, c) * times for stretch, times in step.stretches if times)
 
 
 def _follow(stretch: Sequence[Section], c: Ceilings) -> float:

@@ -91,7 +91,7 @@ def test_a_cost_by_hand() -> None:
     assert json.loads(json.dumps(made.to_dict())) == {
         "provider": "here", "region": "any", "instance": "box", "gpu": "t4", "gpu_count": 1, "usd_per_hour": 0.5,
         "spot": False, "session_limit_s": None, "date": "2026-11-20", "source": "a page",
-        "num_gpus": 1, "step_s": 2.0, "hours": 2.0, "hours_low": 1.0, "hours_high": 4.0, "usd": 1.0,
+        "num_gpus": 1, "instances": 1, "step_s": 2.0, "hours": 2.0, "hours_low": 1.0, "hours_high": 4.0, "usd": 1.0,
         "kwh": 0.14, "sessions": 1,
     }  # fmt: skip
 
@@ -132,6 +132,13 @@ def test_only_where_there_are_gpus_enough() -> None:
     four = replace(run(), num_gpus=4)
     found = costs(four, [T4, replace(T4, gpu_count=2), EIGHT], lambda gpu: True, lambda gpu: about(1.0))
     assert [(each.offer, each.num_gpus) for each in found] == [(EIGHT, 4)]
+
+
+def test_more_gpus_than_a_host_joins_are_several_instances() -> None:
+    many = run(num_gpus=16, parallel="fsdp")  # 1,000 sequences, 16 at a time: 63 steps an epoch
+    found = costs(many, [replace(EIGHT, gpu_count=4), EIGHT], lambda gpu: True, lambda gpu: about(3600.0))
+    assert [(each.offer, each.instances) for each in found] == [(EIGHT, 2)]
+    assert found[0].usd == 3 * 63 * 40.0 * 2
 
 
 def test_cheapest_and_fastest() -> None:

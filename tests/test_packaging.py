@@ -102,7 +102,7 @@ def test_a_plan_needs_few_packages() -> None:
     project = PYPROJECT["project"]
     core = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}  # type: ignore[index]
     assert core >= {"click", "rich", "huggingface_hub"}
-    assert len(core) < 8
+    assert len(core) <= 8
     assert not core & HEAVY
     assert set(project["optional-dependencies"]) >= {"probe", "test"}
 

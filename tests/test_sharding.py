@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan import plan
-from vramplan.planner import memory, sharding
+from vramplan.planner import memory, sharding, throughput
 from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.errors import UsageError
 from vramplan.planner.run import Run, alive
@@ -360,3 +360,40 @@ def test_notes_and_json_say_how_the_run_is_shared() -> None:
     assert data["options"]["num_gpus"] == 8
     assert data["memory"]["nccl_bytes"] > 0
     assert data["memory"]["context_bytes"] == made.device.context_bytes + data["memory"]["nccl_bytes"]
+
+
+# ----------------------------------------------------------------------------------------------------- time of a step
+
+
+def test_what_fully_shards_hooks_are_counted() -> None:
+    """Full fine-tuning of two layers of 9 weights; root: head, final norm; the embedding by itself."""
+    run = run_of(TINY, method="full", parallel="fsdp")
+    sections = [section for stretch in throughput.work(run).stretches for section in stretch]
+    units, weights, buckets = (sum(column) for column in zip(*(section.hooks for section in sections), strict=True))
+    shared = units_of(run)
+    root, embedding = len(shared.tail.shares), len(shared.embedding.shares) if shared.embedding else 0
+    # forward gathers four, backward all but the root's, which stays; gradients of all four are added up
+    assert units == 4 + 3 + 4
+    assert weights == 3 * (9 + 9 + embedding) + 2 * root
+    assert buckets == 0
+
+
+def test_bytes_over_the_links_by_hand() -> None:
+    """Two layers, each gathered twice: half of what it gathers is another GPU's."""
+    run = run_of(TINY, method="full", parallel="fsdp")
+    sections = [section for stretch in throughput.work(run).stretches for section in stretch]
+    whole = sum(units_of(run).layers[0].whole(2))
+    assert sum(section.gathered == whole // 2 for section in sections) == 4
+    alone = throughput.work(run_of(TINY, method="full", num_gpus=1))
+    assert not any(section.gathered or section.reduced for stretch in alone.stretches for section in stretch)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "num_gpus", "said"),
+    [("h200", 1, ""), ("h200", 8, ""), ("h200", 16, "network"), ("rtx-4090", 2, "PCIe 4")],
+)
+def test_links_that_are_assumed_are_said(gpu: str, num_gpus: int, said: str) -> None:
+    time = plan(TINY, gpu=gpu, method="full", seq_len=16, num_gpus=num_gpus).time
+    assert time
+    assert bool(time.assumed) == bool(said)
+    assert said in time.assumed

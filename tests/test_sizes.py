@@ -143,6 +143,15 @@ def test_checkpoints_are_what_trainer_writes(options: dict[str, Any], tmp_path: 
     assert sum(file.stat().st_size for file in others) < 64 * 1024
 
 
+def test_what_fsdp_holds_in_float32_is_saved_in_float32() -> None:
+    one, two = (plan("qwen2.5-0.5b", method="full", **asked) for asked in ({}, {"num_gpus": 2, "parallel": "fsdp"}))
+    bytes_of = [{part.name: part.bytes for part in made.sizes()} for made in (one, two)]
+    numel = one.counts.total
+    more = bytes_of[1]["model.safetensors"] - bytes_of[0]["model.safetensors"]
+    assert 2 * numel <= more < 2 * numel + 1024  # the header's offsets are longer
+    assert bytes_of[1]["optimizer.pt"] - bytes_of[0]["optimizer.pt"] == 2 * 2 * numel
+
+
 def test_an_adapter_is_saved_as_it_is_trained() -> None:
     def adapter(**options: Any) -> int:
         made = plan("llama-3.1-8b", **options)

@@ -39,8 +39,8 @@ def work(config: dict[str, Any] | str = LLAMA, gpu: str = "h200", **options: Any
 def total(step: throughput.Work, kind: str) -> tuple[int, int, int]:
     """FLOPs, bytes and launches of a kind."""
     found = [
-        (n * kernel.flops, n * kernel.nbytes, n)
-        for stretch in step.stretches
+        (n * times * kernel.flops, n * times * kernel.nbytes, n * times)
+        for stretch, times in step.stretches
         for section in stretch
         for kernel, n in section.kernels.items()
         if kernel.kind == kind
