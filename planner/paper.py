@@ -362,7 +362,7 @@ def _fitted(tape: Tape, grad: Tensor | None, shape: Shape, dtype: str) -> Tensor
     """A gradient summed to its input's shape and cast to its dtype (engine.cpp, validate_outputs)."""
     if grad is None:
         return None
-    if prod(shape) != grad.numel:
+    if prod(shape) != grad.numel or len(shape) < len(grad.shape):  # of one row too: at::sum_to sums leading dimensions
         rows, columns = grad.numel // prod(shape), prod(shape)
         merged = grad.merged
         given, grad = grad, tape.new(shape, grad.dtype, "sum of a gradient", merged)

@@ -166,7 +166,7 @@ def test_an_optimizer_without_a_kernel_is_refused() -> None:
 
 def test_layer_norms_go_without_decay_whatever_they_are_called() -> None:
     gpt2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
-    assert "transformer.h.1.ln_2.weight" in run_of(gpt2, method="full", seq_len=8)._layer_norms
+    assert "transformer.h.1.ln_2.weight" in run_of(gpt2, method="full", seq_len=8).layer_norms
 
 
 def test_moved_links_and_shifts() -> None:
@@ -223,3 +223,18 @@ def test_rows_sum_to_the_peak_and_more_never_needs_less(
     assert one.loaded_bytes <= one.ready_bytes <= one.peak_allocated_bytes
     # blocks are handed out by best fit, so a little more may by chance round to a little less
     assert one.peak_allocated_bytes <= two.peak_allocated_bytes + 2 * 2**20
+
+
+@pytest.mark.parametrize("model_type", ["starcoder2", "phi", "gpt2"])
+def test_of_one_row_a_bias_still_has_a_gradient_of_its_own(model_type: str) -> None:
+    """What a step allocates it frees once, and nothing else, also where a batch is one token."""
+    config = {**TINY, "model_type": model_type, "max_position_embeddings": 64}
+    run = run_of(config, method="full", seq_len=1)
+    held: set[int] = set()
+    for stretch in (*run.loading, *run.step(0), *run.step(1)):
+        for event in stretch.events:
+            if event & 1:
+                held.remove(event >> 1)
+            else:
+                assert event >> 1 not in held
+                held.add(event >> 1)

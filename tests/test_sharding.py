@@ -368,7 +368,7 @@ def test_notes_and_json_say_how_the_run_is_shared() -> None:
 def test_what_fully_shards_hooks_are_counted() -> None:
     """Full fine-tuning of two layers of 9 weights; root: head, final norm; the embedding by itself."""
     run = run_of(TINY, method="full", parallel="fsdp")
-    sections = [section for stretch in throughput.work(run).stretches for section in stretch]
+    sections = [section for stretch, _ in throughput.work(run).stretches for section in stretch]
     units, weights, buckets = (sum(column) for column in zip(*(section.hooks for section in sections), strict=True))
     shared = units_of(run)
     root, embedding = len(shared.tail.shares), len(shared.embedding.shares) if shared.embedding else 0
@@ -381,7 +381,7 @@ def test_what_fully_shards_hooks_are_counted() -> None:
 def test_bytes_over_the_links_by_hand() -> None:
     """Two layers, each gathered twice: half of what it gathers is another GPU's."""
     run = run_of(TINY, method="full", parallel="fsdp")
-    sections = [section for stretch in throughput.work(run).stretches for section in stretch]
+    sections = [section for stretch, _ in throughput.work(run).stretches for section in stretch]
     whole = sum(units_of(run).layers[0].whole(2))
     assert sum(section.gathered == whole // 2 for section in sections) == 4
     alone = throughput.work(run_of(TINY, method="full", num_gpus=1))
