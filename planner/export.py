@@ -48,6 +48,11 @@ def export(plan: Plan, target: str, *, command: str, dataset: str | None = None)
     """
     if target not in TARGETS:
         raise unknown("target", target, TARGETS, "--to")
+    if plan.options.num_gpus > 1 and target != "accelerate":
+        raise UsageError(
+            f"how many GPUs run it is nothing that --to {target} writes, and num_gpus is {plan.options.num_gpus}; "
+            "export with --num-gpus 1, and what launches it with --to accelerate"
+        )
     model = _hub_name(plan)
     options, notes = _spelled(plan), []
     for _ in OPTIONS:  # each round settles what the last one found; two are enough so far
@@ -272,9 +277,11 @@ def _axolotl(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]
 
 
 def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
+    if o.parallel not in ("none", "ddp"):
+        raise UsageError(f"accelerate's config of a run under {o.parallel} is not written yet; choose --parallel ddp")
     keys = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO",
+        "distributed_type": "NO" if o.num_gpus == 1 else "MULTI_GPU",
         "mixed_precision": o.mixed_precision,
         "num_machines": 1,
         "num_processes": o.num_gpus,

@@ -198,7 +198,7 @@ _REENTRANT = (
 )
 _EVALUATION = "evaluation is not part of the plan, only training steps are"
 _PACKED = "rows are packed: planned as full rows without padding, each attended to as one"
-_SEVERAL = "several GPUs cannot be planned yet"
+_SEVERAL = "how it shares a run among GPUs is not read; say that by --num-gpus and --parallel"
 _KERNELS = "its kernels keep other tensors than transformers' own layers do"
 _WEIGHTS = "it trains or holds further weights, which a plan does not count"
 _LOSS = "its loss computes on other tensors than the one that is planned"

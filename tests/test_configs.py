@@ -600,7 +600,7 @@ def test_check_that_does_not_fit_and_check_that_is_refused(run: Any, tmp_path: P
     file.write_text("base_model: gpt2\ndeepspeed: z.json\nrl: dpo\nflash_attention: true\n")
     code, out, err = run(f"check {file}")
     assert (code, out) == (2, "")
-    assert "deepspeed cannot be planned: several GPUs cannot be planned yet" in err
+    assert "deepspeed cannot be planned: how it shares a run among GPUs is not read" in err
     assert "leave it out by --ignore deepspeed (so it is with rl)" in err
     assert run(f"check {file} --ignore deepspeed --ignore rl")[0] == 0
     assert run("check")[0] == 2

@@ -107,6 +107,8 @@ def test_the_plainest_plan_of_every_method_has_an_export(target: str, method: st
         ("axolotl", {"trainer": "trl"}, "axolotl makes trainer transformers, and trl is asked for"),
         ("llamafactory", {"method": "full", "weights_dtype": "bf16"}, "LLaMA-Factory makes weights_dtype fp32"),
         ("axolotl", {"method": "full"}, "holds norms, embeddings and head in float32"),
+        ("accelerate", {"method": "lora", "num_gpus": 2, "parallel": "fsdp"}, "choose --parallel ddp"),
+        ("script", {"method": "lora", "num_gpus": 2}, "is nothing that --to script writes, and num_gpus is 2"),
         ("nope", {}, "unknown target 'nope'"),
     ],
 )
@@ -144,6 +146,10 @@ def test_accelerate_reads_its_export(model: str, tmp_path: Path) -> None:
     file.write_text(export(plan(model, method="lora", mixed_precision="no"), "accelerate", command="").text)
     found = config_args.ClusterConfig.from_yaml_file(str(file))
     assert (found.mixed_precision, found.num_processes) == ("no", 1)
+    file.write_text(export(plan(model, method="lora", num_gpus=4), "accelerate", command="").text)
+    found = config_args.ClusterConfig.from_yaml_file(str(file))
+    assert (str(found.distributed_type), found.num_processes) == ("DistributedType.MULTI_GPU", 4)
+    assert read([str(file)]).options["num_gpus"] == 4
 
 
 @pytest.fixture
