@@ -349,7 +349,12 @@ def test_an_interrupt() -> None:
         "def wait(*args, **kwargs):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "plan.plan = wait\ncli.main(['gpt2'])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == b"waiting\n"

@@ -638,7 +638,14 @@ def test_an_interrupted_table_is_not_written(run: Any, monkeypatch: pytest.Monke
 def test_ctrl_c_ends_all_processes() -> None:
     lengths = ",".join(map(str, range(128, 128 * 200, 128)))
     words = [sys.executable, "-m", "vramplan", "table", "llama-3.1-8b", "--seq-len", lengths, "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     children: list[str] = []
     while len(children) < 3 and process.poll() is None:  # one keeps account of resources
         time.sleep(0.05)
