@@ -174,3 +174,9 @@ def test_the_picture_on_accuracy(tmp_path: Path) -> None:
 
     draw(tmp_path / "accuracy.svg")
     assert words(PICTURE) == words(tmp_path / "accuracy.svg"), "python tests/test_docs.py draws it anew"
+
+
+def test_what_the_readme_says_of_accuracy() -> None:
+    from test_readme import accuracy, block  # which takes its scores from here
+
+    assert block("accuracy") == accuracy(), "python tests/test_readme.py writes it anew"
