@@ -294,9 +294,5 @@ def _ways(tried: Tried, found: Iterable[Offer]) -> list[Way]:
     options, step_s = tried.trial.options, tried.step_s
     if options is None or step_s is None:
         return []
-    size = cost.work(options)
-    return [
-        Way(tried, cost.cost(size, offer, step_s, options.num_gpus))
-        for offer in found
-        if offer.gpu == tried.gpu.name and offer.gpu_count >= options.num_gpus
-    ]
+    own = [offer for offer in found if offer.gpu == tried.gpu.name]
+    return [Way(tried, made) for made in cost.costs(options, own, lambda _: True, lambda _: step_s)]

@@ -76,12 +76,14 @@ class Plan:
 
         found, warnings = prices.offers(self.prices)
         cards = {fit.gpu.name: fit.gpu for fit in ([self.fit] if self.fit else self.gpus) if fit.fits and not fit.lacks}
-        step = throughput.work(memory.run_of(self.architecture, self.options, self.device, self.counts))
-
-        def step_s(name: str) -> throughput.Range | None:
-            return throughput.span_of(step, cards[name], self.device.calibration)
-
-        made = cost.costs(self.options, found, cards.__contains__, step_s)
+        if self.fit:
+            known = throughput.Range(self.time.step_s, self.time.low_s, self.time.high_s) if self.time else None
+            made = cost.costs(self.options, found, cards.__contains__, lambda _: known)
+        else:
+            step = throughput.work(memory.run_of(self.architecture, self.options, self.device, self.counts))
+            made = cost.costs(
+                self.options, found, cards.__contains__, lambda name: throughput.span_of(step, cards[name])
+            )
         stale = prices.stale([each.offer for each in made])
         return made, (*warnings, *([stale] if stale else []))
 
@@ -224,7 +226,7 @@ def plan(
         memory=estimate,
         fit=fit,
         time=_time(played, card, known) if card else None,
-        gpus=tuple(fit if fit and each.gpu == card else each for each in fits(estimate, on, run, versions)),
+        gpus=fits(estimate, on, run, versions, fit),
         warnings=(*warnings, *versions.warnings(_packages(run)), *not_used),
         prices=prices,
     )
@@ -256,12 +258,20 @@ def _count(architecture: Architecture, run: TrainingOptions) -> ParameterCounts:
     return ParameterCounts(total, total, targets=(), rank=0, layer_prefix=architecture.layer_prefix, names=())
 
 
-def fits(estimate: MemoryEstimate, on: Device, run: TrainingOptions, versions: Stack) -> tuple[Fit, ...]:
-    """The run on every known card, smallest first: the same reserved memory, and each card's own context."""
+def fits(
+    estimate: MemoryEstimate, on: Device, run: TrainingOptions, versions: Stack, named: Fit | None
+) -> tuple[Fit, ...]:
+    """The run on every known card, smallest first: the same reserved memory, and each card's own context.
+
+    `named` is the verdict on the card that was named, which was looked at more closely.
+    """
     uses = abilities(run)
     smallest_first = sorted(catalog.gpus(), key=lambda gpu: (gpu.budget_bytes, gpu.name))
     devices = [on if gpu == on.gpu else device(gpu, versions) for gpu in smallest_first]
-    return tuple(fit_on(gpu, _needed(estimate, each), uses) for gpu, each in zip(smallest_first, devices, strict=True))
+    return tuple(
+        named if named and gpu == named.gpu else fit_on(gpu, _needed(estimate, each), uses)
+        for gpu, each in zip(smallest_first, devices, strict=True)
+    )
 
 
 def _needed(estimate: MemoryEstimate, on: Device) -> int:

@@ -93,11 +93,11 @@ def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeli
     top = [Row((title(plan),), "bold")]
     if plan.fit:
         top.append(verdict(plan.fit.to_dict()))
-    costs, doubts = plan.costs()
+    (costs, doubts), sizes = plan.costs(), plan.sizes()
     page = [Block("", "<", top), _parameters(plan), _memory(plan), *_phases(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
-    page += [_costs(plan, costs), _sizes(plan.sizes())]
+    page += [_costs(plan, costs), _sizes(sizes)]
     if advice:
         page.append(_advice(plan))
     if timeline:
@@ -109,7 +109,7 @@ def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeli
         for phase in plan.memory.phases:
             if phase.name != plan.memory.phase:
                 page.append(_explained(f"The same for {phase.name}: {phase.peak_phase}", phase.components))
-        page.append(_explained("What stands beside the GPU's memory", plan.sizes()))
+        page.append(_explained("What stands beside the GPU's memory", sizes))
     return page
 
 

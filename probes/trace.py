@@ -182,7 +182,7 @@ def trace(
         seen=seen,
         memory=found,
         fit=fit,
-        gpus=tuple(fit if fit and each.gpu == card else each for each in fits(found, on, run, versions)),
+        gpus=fits(found, on, run, versions, fit),
         plan=planned,
         divergences=compare.divergences(compare.of_plan(planned), dryrun.recording(seen)) if planned else (),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,3 +27,17 @@ def newest_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     from vramplan.planner import stack
 
     monkeypatch.setattr(stack, "installed", dict)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command line: of a line its exit code, stdout and stderr."""
+    from vramplan.planner import cli
+
+    def command(line: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(shlex.split(line))
+        assert isinstance(end.value.code, int)
+        return end.value.code, *capsys.readouterr()
+
+    return command

@@ -10,7 +10,7 @@ import pytest
 from test_plan import TINY
 
 from vramplan import UsageError, plan
-from vramplan.planner import capacity, cli
+from vramplan.planner import capacity
 from vramplan.planner.capacity import Capacity, Cell, Limit, fit
 from vramplan.planner.report import plain
 from vramplan.planner.report_decide import _commands, fit_page
@@ -31,17 +31,10 @@ def found() -> Capacity:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
-
-    def ran(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capsys.readouterr()
-
-    return ran
+    return run
 
 
 def planned(**options: Any) -> Any:

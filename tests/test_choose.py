@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_plan import TINY
 
 from vramplan import UsageError, plan
-from vramplan.planner import cli, cost
+from vramplan.planner import cost
 from vramplan.planner.choose import Choice, Way, choose, unbeaten
 from vramplan.planner.report import plain
 from vramplan.planner.report_decide import choice_page
@@ -44,18 +43,11 @@ def every(prices: Path) -> Choice:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     (tmp_path / "my-prices.csv").write_text(HEAD + OFFERS)
-
-    def ran(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capsys.readouterr()
-
-    return ran
+    return run
 
 
 def named(way: Way | None) -> tuple[str, str, str, str]:
@@ -104,6 +96,8 @@ def test_several_gpus_share_what_one_holds_and_shard_what_it_does_not(every: Cho
     assert "8 x h100" in words(large)
     asked = choose(MODEL, method="lora", gpu="h100", num_gpus=2, prices=prices)
     assert [each.num_gpus for each in asked.tried] == [2]
+    hosts = choose(MODEL, method="lora", gpu="h100", num_gpus=16, prices=prices)
+    assert [(way.cost.offer.gpu_count, way.cost.instances) for way in hosts.ways] == [(8, 2)]
 
 
 def test_each_way_is_the_plans_own(every: Choice, prices: Path) -> None:

@@ -37,18 +37,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def command(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        out, err = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, out, err
-
-    return command
-
-
-@pytest.fixture
 def wrong(run: Any) -> Any:
     def command(line: str) -> str:
         code, out, err = run(line)

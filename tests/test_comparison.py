@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_plan import TINY
 
 from vramplan import UsageError, plan
-from vramplan.planner import cli, comparison
+from vramplan.planner import comparison
 from vramplan.planner.comparison import Side, components, differing, saved, side
 from vramplan.planner.report import plain
 from vramplan.planner.report_decide import comparison_page
@@ -31,17 +30,10 @@ def sides(answer: dict[str, Any]) -> list[Side]:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-
-    def ran(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capsys.readouterr()
-
-    return ran
+    return run
 
 
 def test_a_side_is_the_plans_own_figures(answer: dict[str, Any], sides: list[Side]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import JSON
 
-from vramplan.planner import cli, frameworks
+from vramplan.planner import frameworks
 from vramplan.planner.configs import interpret, read
 from vramplan.planner.errors import UsageError
 from vramplan.planner.frameworks import FRAMEWORKS, SFT, TRANSFORMERS, TRL, Framework
@@ -554,18 +554,6 @@ def test_any_config_is_read_or_refused(config: tuple[Framework, dict[str, Any]])
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def command(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        out, err = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, out, err
-
-    return command
 
 
 def test_check_prints_what_was_read_and_then_the_plan(run: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from small_models import small
 
 from vramplan import plan
-from vramplan.planner import cli
 from vramplan.planner.configs import read
 from vramplan.planner.errors import UsageError
 from vramplan.planner.export import TARGETS, export
@@ -243,17 +241,9 @@ def test_a_quantised_script_quantises_as_the_probe_does(model: str) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-
-    def command(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        out, err = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, out, err
-
-    return command
+    return run
 
 
 def test_the_command_prints_or_writes(run: Any, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import datetime
 import json
 import math
 import re
-import shlex
 import sys
 import threading
 import types
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vramplan.planner import catalog, cli, prices
+from vramplan.planner import catalog, prices
 from vramplan.planner.errors import Failure, UsageError
 from vramplan.planner.prices import Offer
 
@@ -32,16 +31,6 @@ def cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VRAMPLAN_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "prices.csv"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def command(line: str) -> tuple[Any, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(shlex.split(line))
-        return end.value.code, *capsys.readouterr()
-
-    return command
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 from test_plan import TINY
 
 from vramplan import UsageError, plan
-from vramplan.planner import catalog, cli, pasted, report_table, trial
+from vramplan.planner import catalog, pasted, report_table, trial
 from vramplan.planner import table as module
 from vramplan.planner.parallel import completed
 from vramplan.planner.report import plain
@@ -52,14 +52,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def command(line: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["table", *shlex.split(line)])
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capsys.readouterr()
-
-    return command
+def run(run: Any) -> Any:
+    return lambda line: run(f"table {line}")
 
 
 @pytest.fixture
