@@ -816,6 +816,11 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
 @click.option("--memory-limit", metavar="SIZE", help="Behave as a smaller GPU, of 16GiB for example.")
 @click.option("--boundary", is_flag=True, help="Run the largest MODEL that is planned to fit, and the next.")
 @click.option("--over", metavar="batch_size|seq_len", help="What --boundary varies.  [default: batch_size]")
+@click.option(
+    "--alone",
+    is_flag=True,
+    help="This GPU stands for all of --num-gpus: memory is measured, and nothing goes between them.",
+)
 @click.option("--snapshot", is_flag=True, help="Compare MODEL's plan with PyTorch's memory history of a step.")
 @click.option(
     "--output",
@@ -833,6 +838,7 @@ def probe(
     quick: bool,
     full: bool,
     boundary: bool,
+    alone: bool,
     snapshot: bool,
     as_json: bool,
     **options: object,
@@ -843,6 +849,10 @@ def probe(
     MODEL and its options it measures exactly that plan. Weights are random and tokens synthetic; nothing is downloaded
     but MODEL's config.json. It needs torch, transformers, peft and bitsandbytes: pip install 'vramplan[probe]'.
 
+    With --num-gpus, torchrun starts a process for each GPU, and every one is measured; without MODEL these are bundled
+    runs, shared as --parallel says. ZeRO needs deepspeed besides. With --alone one GPU plays the first of any number:
+    the real code of DDP, FSDP2 or DeepSpeed runs, and its collectives move nothing.
+
     A memory limit counts what PyTorch reserves; the CUDA context, which PyTorch cannot limit, is taken off first.
 
     \b
@@ -850,6 +860,8 @@ def probe(
       vramplan probe --quick
       vramplan probe llama-3.2-1b --method qlora --seq-len 1024
       vramplan probe llama-3.1-8b --boundary --memory-limit 16GiB --output runs.jsonl
+      vramplan probe --num-gpus 2 --parallel fsdp
+      vramplan probe llama-3.1-8b --method full --num-gpus 8 --parallel fsdp --alone
 
     Exit codes: 0 measured, and all as planned; 1 not so, or no GPU to measure on; 2 the question was wrong.
     """
@@ -865,13 +877,15 @@ def probe(
     from vramplan.planner import report, report_probe
     from vramplan.probes import probe as probing
 
-    with report_probe.Progress(probing.budget_s(model, quick=quick, full=full)) as progress:
+    budget_s = probing.budget_s(model, quick=quick, full=full, several=bool(asked))
+    with report_probe.Progress(budget_s) as progress:
         found = probing.probe(
             model,
             quick=quick,
             full=full,
             memory_limit=memory_limit,
             boundary=(over or "batch_size") if boundary else None,
+            alone=alone,
             snapshot=snapshot,
             output=output,
             watcher=progress,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from vramplan.planner import traffic
 from vramplan.planner.paper import ITEMSIZE
-from vramplan.planner.sharding import Ddp, Fsdp, Unit, Zero, Zero3
+from vramplan.planner.sharding import Ddp, Fsdp, Unit
 from vramplan.planner.traffic import Kernel, Section
+from vramplan.planner.zero import Zero, Zero3
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,13 +100,13 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool) -
             kernels[Kernel(COPIES, 0, held + cast)] += 1
         kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1  # into the buffer
         kernels[Kernel(COPIES, 0, 2 * whole)] += 1  # and out of it
-        hooks = hooks.more(units=1, weights=len(unit.shares))
+        hooks = hooks._replace(gathers=1, weights=len(unit.shares))
     if reduce and numel:
         reduced = numel * low * (n - 1)
         kernels[Kernel(COPIES, 0, 2 * n * numel * low)] += 1  # side by side
         if wide != low:
             kernels[Kernel(COPIES, 0, numel * (low + wide))] += 1
-        hooks = hooks.more(units=1, weights=sum(s.trained for s in unit.shares))
+        hooks = hooks._replace(reductions=1, gradients=sum(s.trained for s in unit.shares))
     return replace(section, kernels=kernels, gathered=gathered, reduced=reduced, hooks=hooks)
 
 
@@ -126,7 +127,7 @@ def _in_buckets(run: Run, sections: Sequence[Section], times: float) -> list[Sec
             kernels[Kernel(COPIES, 0, 2 * nbytes // len(grads))] += 2 * len(grads)
             known[key] = replace(
                 section, kernels=kernels, reduced=int(times * nbytes * (n - 1) / n),
-                hooks=section.hooks.more(buckets=len(grads)),
+                hooks=section.hooks._replace(bucketed=len(grads)),
             )  # fmt: skip
         return known.get(key, section)
 

@@ -47,6 +47,8 @@ def page(report: Report) -> list[Block]:
     for number, result in enumerate(report.results, 1):
         if result.figures and (not many or result.beyond):
             blocks.append(_run(f"Run {number}, {result.case.plan.model.name}" if many else "This run", result))
+        if not many and len(result.line.get("ranks", ())) > 1:
+            blocks.append(_ranks(result))
         if result.divergences is not None:
             blocks.append(_divergences(result))
     if report.proof:
@@ -107,7 +109,7 @@ def _runs(results: list[Result]) -> Block:
             found = {figure.name: figure for figure in result.figures}
             peaks = [found["peak allocated"], found["peak reserved"]]
             cells = [cell for peak in peaks for cell in (f"{(peak.measured or 0) / GIB:.2f}", _share(peak))]
-            cells.append(f"{result.line['step_s']:.3f}")
+            cells.append("-" if result.line["step_s"] is None else f"{result.line['step_s']:.3f}")
         if result.outcome != "ok" or not result.case.survives:
             what += f": {ending(result)}"
         rows.append(Row((str(number), *cells, what), "bold red" if result.verdict is False else ""))
@@ -159,9 +161,22 @@ def _run(name: str, result: Result) -> Block:
     return Block(f"{name}: {said}", "<>>>", rows)
 
 
+def _ranks(result: Result) -> Block:
+    """Each GPU's own figures; those above are the highest of each."""
+    rows = [Row(("rank", "allocated", "reserved", "device", "step, s"), "dim")]
+    for rank, found in enumerate(result.line["ranks"]):
+        sizes = (found["peak_allocated_bytes"], found["peak_reserved_bytes"], found["device_used_bytes"])
+        cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
+        seconds = "-" if found["step_s"] is None else f"{found['step_s']:.3f}"
+        rows.append(Row((str(rank), *cells, seconds)))
+    return Block("Every GPU: peaks in GiB as measured", ">>>>>", rows)
+
+
 def _step_time(result: Result) -> Row:
     """The last step's, beside the plan's: shown, and no part of the verdict, because it is the host's as well."""
     measured, planned = result.line["step_s"], result.case.plan.time
+    if measured is None:
+        return Row(("step time", "" if planned is None else f"{planned.step_s:.3f} s", "-", ""))
     if planned is None or not result.case.survives:
         return Row(("step time", "", f"{measured:.3f} s", ""))
     error = 100 * (planned.step_s / measured - 1)

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vramplan.planner import around, loading, optimizer
+from vramplan.planner import around, loading
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
 from vramplan.planner.units import format_bytes
 
@@ -102,6 +101,9 @@ class Share:
         return (rows_of(self.shape[0], ranks, 0), *self.shape[1:])
 
 
+_BLOCK_BYTES = 128 * 16  # that a block of threads copies
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Parameters that are gathered and let go together (FSDPParamGroup); `reshard`: after the forward too."""
@@ -125,6 +127,14 @@ class Unit:
         """Elements of this rank's slices of all gradients, and bytes of an element in the trained weights' dtype."""
         trained = [s for s in self.shares if s.trained]
         return sum(prod(s.local(ranks)) for s in trained), ITEMSIZE[trained[0].dtype] if trained else 0
+
+    def places(self, ranks: int) -> int:
+        """Bytes of the tables by which chunk_cat's kernel finds what to copy where (ATen/native/cuda/TensorShape.cu).
+
+        A number for each block of threads, six for each tensor, and two.
+        """
+        slices = [prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if s.trained]
+        return 8 * (sum(-(-nbytes // _BLOCK_BYTES) for nbytes in slices) + 6 * len(slices) + 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------ DDP
@@ -302,7 +312,7 @@ class Fsdp:
     def units(self, run: Run) -> Units:
         """What fully_shard makes of the model."""
         if self._units is None:
-            self._units = _units(run, self.reshard_after_forward)
+            self._units = units_of(run, reshard=self.reshard_after_forward)
         return self._units
 
     def parameters(self, run: Run) -> list[Parameter]:
@@ -321,7 +331,7 @@ class Fsdp:
         if run.loaded.method == "qlora":
             before = loading.play(run)
             there = alive_in_order(e for stretch in before for e in stretch.events)
-            gone = [2 * i + 1 for i in there if program.labels[i] not in _STAYS]
+            gone = [2 * i + 1 for i in there if program.labels[i] not in STAYS]
             run.biases.clear()  # a bias is gathered in the dtype in which it is added
         else:
             before = (Stretch("loading", []), Stretch("k-bit preparation", []), Stretch("adapter", []))
@@ -375,7 +385,7 @@ class Fsdp:
 
 
 # What of a 4-bit weight is no parameter, so that every rank keeps it whole (bitsandbytes, QuantState); and buffers.
-_STAYS = frozenset(
+STAYS = frozenset(
     {label for double in (False, True) for label, _ in loading.nf4_tensors(64, double)} - {"weight, 4 bit"}
     | {"map of 8-bit values", "rotary frequencies", "embedding scale", "rotary table", "causal mask of every position"}
 )
@@ -397,7 +407,8 @@ class Units:
         return [*self.layers, *([self.embedding] if self.embedding else []), self.tail, self.root]
 
 
-def _units(run: Run, reshard: bool) -> Units:
+def units_of(run: Run, *, reshard: bool) -> Units:
+    """The units that accelerate makes of a model."""
     a, s = run.architecture, run.loaded
     tied = a.tied
     token = run.token_embedding
@@ -449,407 +460,16 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- ZeRO 1, 2
-
-REDUCE_BUCKET = 500_000_000  # elements (deepspeed/runtime/zero/config.py, reduce_bucket_size)
-_ALIGNED = 2  # elements at whose multiples a rank's part begins (stage_1_and_2.py, nccl_start_alignment_factor)
-
-
-class Zero:
-    """DeepSpeed's ZeRO 1 or 2 over `ranks` GPUs, with accelerate's configuration where the user gives none of his own.
-
-    The model is held whole, in 16 bits, and what is trained of it in one flat tensor for each group of parameters. Each
-    rank's optimizer holds one part of that in float32. Gradients are copied to a bucket of 500,000,000 elements as
-    they come, and added up when it is full; of the sums a rank keeps those of the parameters that its part touches.
-    Stage 1 does the same, because gradients are contiguous by default. Read in DeepSpeed 0.19's source, not measured.
-    """
-
-    def __init__(self, ranks: int, stage: int, *, cpu_offload: bool = False) -> None:
-        self.ranks, self.stage, self.cpu_offload = ranks, stage, cpu_offload
-        self._sums = -1  # the gradients that this rank keeps until the step
-        self._item = 2
-
-    def played(self, s: Settings) -> Settings:
-        """DeepSpeed's engine casts the whole model to 16 bits, and runs it without autocast (engine.py)."""
-        return replace(Fsdp(self.ranks).played(s), hooked=False)
-
-    def trainer(self, trainer: Trainer) -> Trainer:
-        """As on one GPU."""
-        return trainer
-
-    def groups(self, run: Run) -> list[list[Parameter]]:
-        """The trained parameters of each of the optimizer's groups."""
-        return [group for group in optimizer.groups(run.trained, run.layer_norms) if group]
-
-    def part(self, group: Iterable[Parameter]) -> int:
-        """Elements of one rank's part of a group, which is padded to a multiple of twice the number of ranks."""
-        step = _ALIGNED * self.ranks
-        return -(-sum(p.numel for p in group) // step) * _ALIGNED
-
-    def touched(self, run: Run) -> list[Parameter]:
-        """The parameters that rank 0's parts touch (get_partition_info)."""
-        found = []
-        for group in self.groups(run):
-            end = self.part(group)
-            starts = accumulate((p.numel for p in group), initial=0)
-            found += [p for p, start in zip(group, starts, strict=False) if start < end]
-        return found
-
-    def parameters(self, run: Run) -> list[Parameter]:
-        """This rank's part of each group, in float32."""
-        if self.cpu_offload:
-            return []
-        names = ("part", "part.norm")  # by which the groups stay apart: the second goes without decay
-        return [
-            Parameter(name, (self.part(g),), "fp32", True) for name, g in zip(names, self.groups(run), strict=False)
-        ]
-
-    def loading(self, run: Run) -> tuple[Stretch, ...]:
-        """The model is cast, each group of what is trained is made flat, and each rank copies its part (__init__).
-
-        Each group begins with empty_cache.
-        """
-        from vramplan.planner.run import Stretch
-
-        before, program, s = loading.play(run), run.program, run.settings
-        low = s.weights_dtype
-        item = self._item = ITEMSIZE[low]
-        part = "weights" if s.method == "full" else "adapter"
-        events: list[int] = []
-        whole: list[int] = []  # in the order of run.trained
-        for i in alive_in_order(e for stretch in before for e in stretch.events):
-            label = program.labels[i]
-            own = program.parts[i] == part and label not in _STAYS
-            wide = "float32" in label or label.endswith("fp32") or label == "adapter weight"
-            if wide and item < 4 and label not in _STAYS and program.sizes[i] >= 4:
-                narrow = program.new(
-                    program.sizes[i] // 4 * item, f"weight, {low}", program.parts[i], program.scopes[i]
-                )
-                events += (2 * narrow, 2 * i + 1)
-                i = narrow
-            if own:
-                whole.append(i)
-        trained = {p.name: i for p, i in zip(run.trained, whole, strict=True)}
-        stretches = [Stretch("sharing", events)]
-        gradients: list[int] = []
-        for group in self.groups(run):
-            size = self.part(group)
-            flat = program.new(size * self.ranks * item, "trained weights, flat", part)
-            events = [2 * flat, *(2 * trained[p.name] + 1 for p in group)]
-            copied = program.new(size * item, "part of the weights", "")
-            events.append(2 * copied)
-            if not self.cpu_offload:
-                events.append(2 * program.new(size * 4, "part of the weights, float32", MASTER))
-                gradients.append(2 * program.new(size * 4, "gradient of the part, float32", ""))
-            stretches.append(Stretch("sharing", [*events, 2 * copied + 1]))
-        if self.cpu_offload:
-            largest = max(p.numel for p in run.trained)
-            gradients.append(2 * program.new(largest * item, "gradient, to be copied to host memory", BUFFERS))
-        stretches[-1].events.extend([*gradients, *([] if self.cpu_offload else [g + 1 for g in gradients])])
-        return (*before, *stretches)
-
-    def beginning(self, run: Run, number: int) -> list[Stretch]:  # noqa: ARG002
-        """Nothing."""
-        return []
-
-    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
-        """Each gradient goes to the bucket as it comes (reduce_independent_p_g_buckets_and_remove_grads).
-
-        Each micro-step makes its gradients anew, and adds what is kept of them to what the first one left.
-        """
-        from vramplan.planner.run import Stretch
-
-        again, made = made is not first, first
-        new, sizes, item = run.program.new, run.program.sizes, self._item
-        names = {g: p.name for g, p in zip(made.grads, run.trained, strict=True)}
-        kept = {p.name for p in self.touched(run)}
-        total = 0 if self.cpu_offload else sum(p.numel for p in self.touched(run)) * item
-        bucket = new(REDUCE_BUCKET * item, "bucket of gradients", BUFFERS)
-        waiting: list[int] = []
-        large: list[int] = []
-        sums = -1
-        if again:
-            sums = new(total, "gradients that this rank keeps, to be added", "gradients")
-        elif self._sums < 0:
-            self._sums = new(total, "gradients that this rank keeps", "gradients")
-        there = False
-
-        def reduce() -> list[int]:
-            nonlocal there
-            if not waiting:
-                return []
-            flat = new(sum(sizes[g] for g in waiting), "gradients, to be added up", BUFFERS)
-            found = [2 * flat, 2 * flat + 1]
-            if not there and total and any(names[g] in kept for g in waiting):
-                there = True
-                found.append(2 * (sums if again else self._sums))
-            found += [2 * g + 1 for g in large]
-            waiting.clear()
-            large.clear()
-            return found
-
-        stretches = []
-        backward = made.places["loss, backward"]
-        for place, stretch in enumerate(made.stretches):
-            events = [2 * bucket] if place == backward else []
-            for event in stretch.events:
-                events.append(event)
-                g = event >> 1
-                if event & 1 or g not in names:
-                    continue
-                if sum(sizes[w] for w in waiting) + sizes[g] > REDUCE_BUCKET * item:
-                    events += reduce()
-                waiting.append(g)
-                if sizes[g] > REDUCE_BUCKET * item:
-                    large.append(g)
-                else:
-                    events.append(2 * g + 1)
-            stretches.append(Stretch(stretch.name, events))
-        stretches[-1].events.extend([*reduce(), 2 * bucket + 1, *([2 * sums + 1] if again and there else [])])
-        return stretches, []
-
-    def update(self, run: Run, first: bool) -> list[Stretch]:
-        """The norm in float64, tensor by tensor; then each group's part of the gradients in float32, and its step.
-
-        get_grad_norm_direct, step. The optimizer's own events are those of all groups, at the first and largest.
-        """
-        from vramplan.planner.run import Stretch
-
-        if self.cpu_offload:
-            return []
-        new, item = run.program.new, self._item
-        norm: list[int] = []
-        for p in self.touched(run):
-            double = new(8 * p.numel, "gradient, float64", "")
-            norm += (2 * double, 2 * double + 1)
-        events: list[int] = []
-        groups = self.groups(run)
-        for i, group in enumerate(groups):
-            flat, wide = new(self.part(group) * item, "gradients, flat", "gradients"), None
-            events.append(2 * flat)
-            if item < 4:
-                wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
-                events += (2 * wide, 2 * flat + 1)
-            if i == len(groups) - 1:
-                events.append(2 * self._sums + 1)
-            if i == 0:
-                events += run.optimize(first)
-            events.append(2 * (flat if wide is None else wide) + 1)
-        return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
-
-    def notes(self, run: Run) -> list[str]:  # noqa: ARG002
-        """What is assumed."""
-        return [
-            f"ZeRO {self.stage} is planned as DeepSpeed 0.19's source has it, with buckets of 500,000,000 elements and "
-            "without overlap_comm; no run was measured"
-        ]
-
-
-# --------------------------------------------------------------------------------------------------------------- ZeRO 3
-
-PERSISTENT, REUSED, SUB_GROUP = 100_000, 1_000_000_000, 1_000_000_000  # elements (deepspeed/runtime/zero/config.py)
-
-
-class Zero3(Zero):
-    """DeepSpeed's ZeRO 3: weights are partitioned too, each on its own, and gathered for the modules that run.
-
-    What is gathered, and let go again, is counted by whole layers: DeepSpeed fetches modules one by one, some ahead of
-    their use. A layer that is used again before 1,000,000,000 other elements stays. Weights of at most 100,000 elements
-    stay always. Gradients are added up as under ZeRO 2, and kept in a buffer of their own. Read in DeepSpeed 0.19's
-    source, not measured.
-    """
-
-    def __init__(self, ranks: int, *, cpu_offload: bool = False) -> None:
-        super().__init__(ranks, 3, cpu_offload=cpu_offload)
-        self._units: Units | None = None
-        self._bucket = -1
-
-    def units(self, run: Run) -> Units:
-        """The layers and what is around them, each weight in the dtype in which it is computed with."""
-        if self._units is None:
-            made = _units(run, True)
-            shares = {
-                id(unit): Unit(tuple(replace(s, dtype=s.gathered) for s in unit.shares), True) for unit in made.all
-            }
-            self._units = replace(
-                made,
-                embedding=shares[id(made.embedding)] if made.embedding else None,
-                layers=tuple(shares[id(unit)] for unit in made.layers),
-                tail=shares[id(made.tail)],
-                root=shares[id(made.root)],
-            )
-        return self._units
-
-    def part(self, group: Iterable[Parameter]) -> int:
-        """Elements of one rank's parts of the parameters, each padded by itself."""
-        return sum(-(-p.numel // self.ranks) for p in group)
-
-    def groups(self, run: Run) -> list[list[Parameter]]:
-        """The optimizer's groups, cut into sub-groups of 1,000,000,000 elements at most (_create_fp16_sub_groups)."""
-        found: list[list[Parameter]] = []
-        for group in super().groups(run):
-            numel = SUB_GROUP
-            for p in group:
-                if numel >= SUB_GROUP:
-                    found.append([])
-                    numel = 0
-                found[-1].append(p)
-                numel += p.numel
-        return found
-
-    def touched(self, run: Run) -> list[Parameter]:
-        """Every parameter: a rank has a part of each."""
-        return run.trained
-
-    def parameters(self, run: Run) -> list[Parameter]:
-        """This rank's part of each sub-group, in float32."""
-        if self.cpu_offload:
-            return []
-        return [Parameter(f"part {i}", (self.part(g),), "fp32", True) for i, g in enumerate(self.groups(run))]
-
-    def loading(self, run: Run) -> tuple[Stretch, ...]:
-        """Weights are partitioned as they are loaded; then come the parts in float32, the bucket, the gradients."""
-        from vramplan.planner.run import Stretch
-
-        program, units = run.program, self.units(run)
-        whole = run.loaded.method == "qlora"
-        before = (
-            loading.play(run) if whole else tuple(Stretch(name, []) for name in ("loading", "preparation", "adapter"))
-        )
-        there = alive_in_order(e for stretch in before for e in stretch.events)
-        item = self._item = ITEMSIZE[run.settings.weights_dtype]
-        events: list[int] = []
-        for unit in units.all:
-            for share in unit.shares:
-                part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
-                size = prod(share.shape)
-                if not self.cpu_offload:
-                    nbytes = -(-size // self.ranks) * ITEMSIZE[share.dtype]
-                    events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
-                if size <= PERSISTENT:
-                    events.append(
-                        2 * program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
-                    )
-        events += [2 * i + 1 for i in there if program.labels[i] not in _STAYS]
-        if not whole:
-            events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
-        run.biases.clear()
-        if not self.cpu_offload:
-            for group in self.groups(run):
-                events.append(2 * program.new(self.part(group) * 4, "part of the weights, float32", MASTER))
-            numel = sum(self.part(group) for group in self.groups(run))
-            events.append(2 * program.new(numel * item, "parts of the gradients", "gradients"))
-        self._bucket = program.new(REDUCE_BUCKET * item, "bucket of gradients", BUFFERS)
-        return (*before, Stretch("sharing", [*events, 2 * self._bucket]))
-
-    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
-        """Units are gathered around their forward and backward; each gradient goes to the bucket as it comes."""
-        from vramplan.planner.run import Stretch
-
-        made, new, sizes = first, run.program.new, run.program.sizes
-        units, n = self.units(run), len(first.needs)
-        names = set(made.grads)
-        limit = REDUCE_BUCKET * self._item
-        place = {stretch.name: i for i, stretch in reversed(list(enumerate(made.stretches)))}
-        events: list[list[int]] = []
-        filled = 0
-        waiting: list[int] = []
-
-        def reduce() -> list[int]:
-            nonlocal filled
-            flat = new(filled, "gradients, to be added up", BUFFERS, "", REDUCE)
-            found = [2 * flat, 2 * flat + 1, *(2 * g + 1 for g in waiting)] if filled else []
-            filled = 0
-            waiting.clear()
-            return found
-
-        for stretch in made.stretches:
-            events.append([])
-            for event in stretch.events:
-                events[-1].append(event)
-                g = event >> 1
-                if event & 1 or g not in names:
-                    continue
-                if filled + sizes[g] > limit:
-                    events[-1] += reduce()
-                filled += sizes[g]
-                if sizes[g] > limit:
-                    waiting.append(g)
-                else:
-                    events[-1].append(2 * g + 1)
-        events[-1] += reduce()
-
-        def gather(unit: Unit, at: int) -> list[int]:
-            """Adds the gathering before a stretch; what frees it again."""
-            made_ids = []
-            found: list[int] = []
-            for share in unit.shares:
-                size = prod(share.shape)
-                if size > PERSISTENT:
-                    padded = -(-size // self.ranks) * self.ranks * ITEMSIZE[share.gathered]
-                    flat = new(padded, "weight, gathered in parts", GATHERED, share.name, COPY_IN)
-                    made_ids.append(
-                        new(size * ITEMSIZE[share.gathered], "weight, gathered", GATHERED, share.name, COPY_IN)
-                    )
-                    found += (2 * flat, 2 * made_ids[-1], 2 * flat + 1)
-            events[at][0:0] = found
-            return [2 * i + 1 for i in made_ids]
-
-        later = sum(prod(s.shape) for s in units.tail.shares)
-        back: dict[int, list[int]] = {}
-        for i in reversed(range(n)):
-            free = gather(units.layers[i], place[f"forward, layer {i}"])
-            if later < REUSED:
-                back[i] = free
-            else:
-                events[place[f"forward, layer {i}"]] += free
-            later += sum(prod(s.shape) for s in units.layers[i].shares)
-        for i in range(n):
-            at = place[f"backward, layer {i}"]
-            events[at] += back.get(i) or gather(units.layers[i], at)
-        around = [units.root, *([units.embedding] if units.embedding else [])]
-        for unit in around:
-            free = gather(unit, 0)
-            if later >= REUSED:
-                events[place["forward, layer 0"]][0:0] = free
-                free = gather(unit, place["backward, embeddings"])
-            events[-1] += free
-        free = gather(units.tail, place["loss, forward"] if units.embedding else 0)
-        events[-1 if units.embedding is None else made.places["loss, backward"]] += free
-        return [Stretch(s.name, e) for s, e in zip(made.stretches, events, strict=True)], []
-
-    def update(self, run: Run, first: bool) -> list[Stretch]:
-        """The norm in float64, then sub-group after sub-group: its gradients in float32, and its step (step)."""
-        from vramplan.planner.run import Stretch
-
-        if self.cpu_offload:
-            return []
-        new = run.program.new
-        norm: list[int] = []
-        for p in run.trained:
-            double = new(8 * -(-p.numel // self.ranks), "gradient, float64", "")
-            norm += (2 * double, 2 * double + 1)
-        events: list[int] = []
-        for i, group in enumerate(self.groups(run)):
-            flat = new(self.part(group) * self._item, "gradients, flat", "gradients")
-            wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
-            events += (2 * flat, 2 * wide, 2 * flat + 1)
-            if i == 0:
-                events += run.optimize(first)
-            events.append(2 * wide + 1)
-        return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
-
-
 def of(options: TrainingOptions) -> Sharing | None:
     """How the run is shared; None on one GPU."""
     if options.parallel == "fsdp":
         return Fsdp(
             options.num_gpus, reshard_after_forward=options.reshard_after_forward, cpu_offload=options.cpu_offload
         )
-    if options.parallel in ("zero1", "zero2"):
-        return Zero(options.num_gpus, int(options.parallel[-1]), cpu_offload=options.cpu_offload)
-    if options.parallel == "zero3":
-        return Zero3(options.num_gpus, cpu_offload=options.cpu_offload)
+    if options.parallel.startswith("zero"):
+        from vramplan.planner import zero
+
+        return zero.of(options)
     if options.parallel == "ddp":
         # transformers/trainer.py, _build_accelerator_args: a PeftModel is no PreTrainedModel
         return Ddp(options.num_gpus, find_unused=options.lora or not options.gradient_checkpointing)
@@ -974,20 +594,19 @@ class _Hooks:
         return [*(2 * c for c in cast), 2 * out, *(2 * c + 1 for c in cast)]
 
     def _wait(self, i: int, *, forward: bool) -> list[int]:
-        """wait_for_unshard: each weight is copied out of the buffer, which forward keeps until the next copy."""
+        """wait_for_unshard: each weight is copied out of the buffer, which forward keeps until the next one returns."""
         if i not in self.pending:
             return []
-        events = []
-        if forward and self.kept is not None:
-            events.append(2 * self.kept + 1)
         unit = self.order[i]
         made = self.unsharded[i] = [
             self.program.new(nbytes, "weight, gathered", GATHERED, share.name)
             for share, nbytes in zip(unit.shares, unit.whole(self.ranks), strict=True)
         ]
-        events += [2 * m for m in made]
+        events = [2 * m for m in made]
         out = self.pending.pop(i)
         if forward:
+            if self.kept is not None:
+                events.append(2 * self.kept + 1)
             self.kept = out
         else:
             events.append(2 * out + 1)
@@ -1020,8 +639,9 @@ class _Hooks:
         if self.reduce_input is not None:
             events.append(2 * self.reduce_input + 1)
         self.reduce_input = new(self.ranks * numel * low, "gradients, to be added up", BUFFERS)
+        places = new(unit.places(self.ranks), "places of the gradients' parts", "")
         out = new(numel * low, "gradients, added up", "gradients", "", REDUCE)
-        events += [2 * self.reduce_input, *(2 * g + 1 for g in grads[:-1]), 2 * out]
+        events += [2 * self.reduce_input, 2 * places, 2 * places + 1, *(2 * g + 1 for g in grads[:-1]), 2 * out]
         if wide != low:
             narrow, out = out, new(numel * wide, "gradients, added up", "gradients", "", REDUCE)
             events += [2 * out, 2 * narrow + 1]

@@ -120,10 +120,13 @@ _NVLINK = Range(0.55, 0.70, 0.40)
 _PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
 _NETWORK_PER_S = 50e9
 _WIRE = Range(0.7, 0.9, 0.4)
-# Seconds of the host for each of traffic.Hooks, found with the step times of 16 runs under FSDP2 and 8 under DDP on two
-# and four H200s (docs/engine.md), and for a DTensor in clipping or in the optimizer's step (torch 2.13, on a CPU).
-_HOOKS_S = (0.8e-3, 70e-6, 100e-6)
-_DTENSOR_S = 25e-6
+# Seconds of the host for each of traffic.Hooks, and for a DTensor in clipping or in the optimizer's step: measured by
+# probes/sharing_times.py on that host (tables/sharing_times.json): the quickest of 22 rounds, what a layer more takes,
+# with 9, 13 and 23 weights of which 9, 4 and 14 are trained. DDP's is two copies launched from C++.
+_HOOKS_S = (0.80e-3, 15e-6, 0.46e-3, 24e-6, 10e-6)
+_DTENSOR_S = 20e-6
+# Ranks wait at every collective for the slowest of them, so the quickest rounds never come.
+_SEVERAL_HOSTS = 1.2
 _TENSOR_CLIPPING_S = 6.7e-6
 
 
@@ -226,6 +229,7 @@ def _ceilings(
         return None
     share = _PRODUCTS.get(gpu.vendor or "", _PRODUCTS["NVIDIA"])
     made = []
+    hosts = _HOST_SPEED if num_gpus == 1 else _HOST_SPEED._replace(middle=_SEVERAL_HOSTS)
     number = gpu.multiprocessors or H200.number
     late = (gpu.compute_capability or "").startswith(("9.", "10."))
     for i in range(3):
@@ -244,7 +248,7 @@ def _ceilings(
                 (_SINGLY_S[i] / number, _UNPACKED_S[i] / number, _QUANTISED_S[i] / number),
                 _LATENCY_S[i],
                 number,
-                Host(*[seconds * _HOST_SPEED[i] for seconds in _HOST]),
+                Host(*[seconds * hosts[i] for seconds in _HOST]),
                 link(gpu, num_gpus)[i],
             )
         )

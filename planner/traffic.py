@@ -57,16 +57,15 @@ class Kernel(NamedTuple):
 class Hooks(NamedTuple):
     """What the host does in a section to share the run: calls of fully_shard's and DDP's hooks (communication.py).
 
-    Units that are gathered or whose gradients are added up, and the weights in them; gradients copied to DDP's buckets.
+    Units that are gathered, and the weights in them; units whose gradients are added up, and the gradients in them;
+    gradients that are copied to DDP's buckets.
     """
 
-    units: int = 0
+    gathers: int = 0
     weights: int = 0
-    buckets: int = 0
-
-    def more(self, units: int = 0, weights: int = 0, buckets: int = 0) -> Hooks:
-        """These and as many more."""
-        return Hooks(self.units + units, self.weights + weights, self.buckets + buckets)
+    reductions: int = 0
+    gradients: int = 0
+    bucketed: int = 0
 
 
 _NO_HOOKS = Hooks()

@@ -72,15 +72,15 @@ class _Sums(transformers.TrainerCallback):  # type: ignore[misc]
     does in a plan. `history` holds the bytes that were asked for and held when it began, labels, and events.
     """
 
-    def __init__(self, recorded: int | None, *, sharded: bool = False) -> None:
-        self.recorded, self.sharded = recorded, sharded
+    def __init__(self, recorded: int | None, *, unset: bool = False) -> None:
+        self.recorded, self.unset = recorded, unset
         self.gradient_bytes = self.optimizer_state_bytes = 0
         self.history: tuple[int, list[str], list[list[Any]]] | None = None
         self._start_bytes = 0
 
-    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
-        if self.sharded:
-            workload.fill(model)
+    def on_train_begin(self, *_: Any, model: Any, optimizer: Any, **__: Any) -> None:
+        if self.unset:
+            workload.fill(model, optimizer)
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
         made = (p.grad for p in model.parameters() if p.grad is not None)
@@ -131,18 +131,21 @@ def _train(case: dict[str, Any], note: Marks) -> dict[str, Any]:
     torch.manual_seed(0)
     made = plan(case["config"], **case["options"])  # knows what "attention" and "mlp" mean for this architecture
     options = made.options
-    model = workload.load(case["config"], options)
-    note.mark("loaded")
-    lora = workload.lora_config(options, made.counts)
-    model = workload.adapt(model, options, lora)
-    if options.trainer == "transformers":
-        note.mark("ready")
     with tempfile.TemporaryDirectory(prefix="vramplan-") as folder:
-        arguments = workload.training_arguments(options, folder, case["steps"])
+        arguments: Any = workload.training_arguments(options, folder, case["steps"])
+        if options.parallel.startswith("zero"):
+            arguments = workload.deepspeed_arguments(options, arguments)
+        model = workload.load(case["config"], options)
+        note.mark("loaded")
+        lora = workload.lora_config(options, made.counts)
+        model = workload.adapt(model, options, lora)
+        if options.trainer == "transformers":
+            note.mark("ready")
         trainer = workload.trainer(model, options, lora, arguments)
         if options.trainer == "trl":  # SFTTrainer adds the adapter itself
             note.mark("ready")
-        sums = _Sums(case["steps"] - 1 if case["record"] else None, sharded=options.parallel == "fsdp")
+        unset = options.parallel in workload.IN_HOST_MEMORY and options.method != "qlora"
+        sums = _Sums(case["steps"] - 1 if case["record"] else None, unset=unset)
         trainer.add_callback(note)
         trainer.add_callback(sums)
         trainer.train()

@@ -25,7 +25,7 @@ from vramplan.planner import calibration, memory
 from vramplan.planner.errors import Failure, UsageError, reason, shown
 from vramplan.planner.plan import plan
 from vramplan.planner.stack import KNOWN, installed, parse_stack
-from vramplan.planner.training import refuse_phases
+from vramplan.planner.training import parse_options, refuse_phases
 from vramplan.planner.units import MIB, format_gib, parse_size
 from vramplan.probes import probe_cases, probe_gpu, ranks
 from vramplan.probes.probe_cases import Case, Machine
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vramplan.probes.compare import Divergence
 
 BUDGET_S, QUICK_S, GRID_S = 120.0, 30.0, 3600.0
+SEVERAL_S = 300.0  # on several GPUs, where each run's ranks import everything anew
 AFTER_IMPORTS_S = 20.0  # of it are left in any case: from a cold disk, torch and transformers alone take as long
 FIRST_S = 60.0  # the first run may take so long, whatever is left
 RUN_S = 600.0  # the longest that one run may take
@@ -110,6 +111,7 @@ class Result:
         said, step = case.predicted, line["steps"][-1]
         run = memory.run_of(case.plan.architecture, case.plan.options, case.plan.device, case.plan.counts)
         before_update = takewhile(lambda moment: moment.phase != "optimizer step", said.timeline)
+        zero = case.plan.options.parallel.startswith("zero")  # which steps within backward, and takes gradients away
         figures = (
             Figure("weights", said.loaded_bytes, line["loaded_bytes"]),
             Figure(
@@ -117,17 +119,17 @@ class Result:
                 said.ready_bytes - said.loaded_bytes,
                 (line["ready_bytes"] or 0) - (line["loaded_bytes"] or 0),
             ),
-            Figure("gradients", run.gradient_bytes, line["gradient_bytes"]),
+            Figure("gradients", *((None, None) if zero else (run.gradient_bytes, line["gradient_bytes"]))),
             Figure("optimizer states", run.state_bytes, line["optimizer_state_bytes"]),
             Figure(
                 "activations of a step",
-                max(moment.peak_bytes for moment in before_update) - said.timeline[0].end_bytes,
-                step["fwd_bwd_peak_bytes"] - step["start_bytes"],
+                None if zero else max(moment.peak_bytes for moment in before_update) - said.timeline[0].end_bytes,
+                None if zero else step["fwd_bwd_peak_bytes"] - step["start_bytes"],
             ),
             Figure("peak allocated", said.peak_allocated_bytes, line["peak_allocated_bytes"]),
             Figure("peak reserved", said.peak_reserved_bytes, line["peak_reserved_bytes"]),
-            Figure("CUDA context", said.context_bytes, line["context_bytes"]),
-            Figure("device total", said.device_bytes, line["device_used_bytes"]),
+            Figure("CUDA context", said.context_bytes - case.alone * said.nccl_bytes, line["context_bytes"]),
+            Figure("device total", None if case.alone else said.device_bytes, line["device_used_bytes"]),
         )
         return figures if case.survives else tuple(each._replace(predicted=None) for each in figures)
 
@@ -233,7 +235,8 @@ def run_dict(result: Result) -> dict[str, Any]:
             **{name: line[name] for name in measured if name in line},
         }
         tokens = o.batch_size * o.seq_len * o.gradient_accumulation_steps * o.num_gpus
-        time_s = {"step_s": line["step_s"], "tokens_per_s": tokens / line["step_s"]}
+        if line["step_s"] is not None:
+            time_s = {"step_s": line["step_s"], "tokens_per_s": tokens / line["step_s"]}
     return {
         **planned,
         "memory": measured,
@@ -294,7 +297,9 @@ class Probe:
             "record": case.record,
         }
         num_gpus = case.plan.options.num_gpus
-        if num_gpus > 1:
+        if case.alone:
+            ended = self.runner.run("vramplan.probes.ranks:alone", asked, timeout_s)
+        elif num_gpus > 1:
             ended = ranks.launch(asked, num_gpus, timeout_s)
         else:
             ended = self.runner.run("vramplan.probes.measure:measure", asked, timeout_s)
@@ -332,18 +337,28 @@ class Probe:
 
     # --- what is run ------------------------------------------------------------------------------------------------
 
-    def calibrate(self, learned: Mapping[str, Any], limit_bytes: int | None, deadline: float, *, grid: bool) -> None:
+    def calibrate(
+        self,
+        learned: Mapping[str, Any],
+        limit_bytes: int | None,
+        deadline: float,
+        *,
+        grid: bool,
+        sharing: Mapping[str, Any],
+    ) -> None:
         """The bundled runs until `deadline`, on the monotonic clock, and what they and `learned` say of this GPU.
 
-        The first that fits is run whatever the time: a probe that measures nothing is of no use.
+        The first that fits is run whatever the time: a probe that measures nothing is of no use. Runs on several GPUs,
+        shared by the options of `sharing`, are measured, and nothing is learnt from them.
         """
-        asked, notes = probe_cases.bundled(self.machine, grid=grid)
+        asked, notes = probe_cases.bundled(self.machine, grid=grid, sharing=sharing)
         self.report.notes += notes
         self.report.limit_bytes = limit_bytes
         try:
             self._run_bundled(asked, learned["matmul_flops_per_s"], limit_bytes, deadline)
         finally:  # an interrupt keeps what was measured
-            self._learn(learned)
+            if not sharing:
+                self._learn(learned)
 
     def _run_bundled(
         self, asked: Sequence[Mapping[str, Any]], flops_per_s: float, limit_bytes: int | None, deadline: float
@@ -443,6 +458,7 @@ def _line(case: Case, machine: Machine, found: Mapping[str, Any], others: int) -
         **found,
         "limit_bytes": case.room_bytes if case.limited else None,
         "others_bytes": others,
+        **({"alone": True} if case.alone else {}),
         "gpu_name": machine.name,
         "driver": machine.driver,
         "vramplan_version": __version__,
@@ -511,9 +527,11 @@ def look(runner: Runner, job: str) -> tuple[Machine, dict[str, Any]]:
     return Machine(card, seen["name"], seen["uuid"], driver, stack, others, seen["bitsandbytes"], tuple(notes)), seen
 
 
-def budget_s(model: Any, *, quick: bool, full: bool) -> float | None:
-    """Seconds that calibrating may take; None for a plan's own runs."""
-    return None if model is not None else QUICK_S if quick else GRID_S if full else BUDGET_S
+def budget_s(model: Any, *, quick: bool, full: bool, several: bool = False) -> float | None:
+    """Seconds that the bundled runs may take; None for a plan's own."""
+    if model is not None:
+        return None
+    return QUICK_S if quick else GRID_S if full else SEVERAL_S if several else BUDGET_S
 
 
 def probe(
@@ -523,6 +541,7 @@ def probe(
     full: bool = False,
     memory_limit: str | None = None,
     boundary: str | None = None,
+    alone: bool = False,
     snapshot: bool = False,
     output: str | None = None,
     watcher: Watcher,
@@ -530,23 +549,26 @@ def probe(
 ) -> Report:
     """What `vramplan probe` does: calibrates without a `model`, measures or proves the plan of one.
 
+    Without one, options may say how several GPUs share the bundled runs; then nothing is calibrated. `alone`: this one
+    stands for all of them.
     Raises UsageError for a wrong question and Failure where this machine cannot answer. An interrupt ends it early,
     with what was measured until then.
     """
     started = time.monotonic()
-    budget = budget_s(model, quick=quick, full=full)
+    budget = budget_s(model, quick=quick, full=full, several=bool(options))
     limit_bytes = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     _refuse(model, options, quick=quick, full=full, boundary=boundary, snapshot=snapshot)
-    if model is not None:
-        asked = plan(model, **options).options  # a wrong question is answered at once, not after the imports
-        _refuse_parallel(asked, boundary=boundary, snapshot=snapshot)
-    if lacking := [name for name in _needed(options) if find_spec(name) is None]:
+    # a wrong question is answered at once, not after the imports
+    asked = parse_options(options) if model is None else plan(model, **options).options
+    _refuse_parallel(asked, boundary=boundary, alone=alone)
+    if lacking := [name for name in _needed(asked) if find_spec(name) is None]:
         raise Failure(f"not installed: {', '.join(lacking)}; a probe trains for real: {_install(lacking)}")
     file = None if output is None else _writable(output)
     probe_gpu.driver()
     with Runner() as runner:
         watcher.doing("importing torch and transformers, looking at the GPU")
         machine, learned = look(runner, "look" if model is not None else "calibrate")
+        machine = replace(machine, alone=alone)
         looked = time.monotonic()
         if limit_bytes is not None and limit_bytes > machine.free_bytes:
             raise UsageError(
@@ -556,7 +578,8 @@ def probe(
         made = Probe(runner, machine, file or _own_file(machine), watcher)
         try:
             if budget is not None:
-                made.calibrate(learned, limit_bytes, max(started + budget, looked + AFTER_IMPORTS_S), grid=full)
+                deadline = max(started + budget, looked + AFTER_IMPORTS_S)
+                made.calibrate(learned, limit_bytes, deadline, grid=full, sharing=options)
             else:
                 _usable(probe_cases.case_of(model, options, machine, limit_bytes), machine)
                 if boundary is not None:
@@ -578,8 +601,8 @@ def _refuse(
         if boundary is not None or snapshot:
             what = "--snapshot" if boundary is None else "--boundary"
             raise UsageError(f"{what} is about one plan; name its model (MODEL)")
-        if options:
-            first = next(iter(options)).replace("_", "-")
+        if others := [name for name in options if name not in probe_cases.SHARING]:
+            first = others[0].replace("_", "-")
             raise UsageError(f"--{first} is about one plan; name its model (MODEL), or leave it out to calibrate")
         if quick and full:
             raise UsageError("--quick and --full contradict each other; choose one")
@@ -594,24 +617,32 @@ def _refuse(
         raise UsageError(f"{boundary} is what --boundary searches; leave out --{boundary.replace('_', '-')}, or --over")
 
 
-def _refuse_parallel(asked: TrainingOptions, *, boundary: str | None, snapshot: bool) -> None:
-    if asked.num_gpus == 1:
+def _refuse_parallel(asked: TrainingOptions, *, boundary: str | None, alone: bool) -> None:
+    if alone and asked.num_gpus == 1:
+        raise UsageError("--alone is for a run on several GPUs, of which one stands for all; add --num-gpus")
+    if asked.num_gpus == 1 or alone:
         return
-    if boundary is not None or snapshot:
-        what = "--snapshot" if boundary is None else "--boundary"
-        raise UsageError(f"{what} is for one GPU; leave it out, or --num-gpus")
+    if boundary is not None:
+        raise UsageError("--boundary is for one GPU; leave it out, or add --alone")
     here = probe_gpu.count()
     if asked.num_gpus > here:
-        raise Failure(f"the run is on {asked.num_gpus} GPUs and {here} are here; {probe_gpu.OTHER_WAYS}")
+        there = "1 is" if here == 1 else f"{here} are"
+        raise Failure(
+            f"the run is on {asked.num_gpus} GPUs and {there} here; with --alone one stands for all, and "
+            f"{probe_gpu.OTHER_WAYS}"
+        )
 
 
-def _needed(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*_PACKAGES, *(("trl", "datasets") if options.get("trainer") == "trl" else ()))
+def _needed(asked: TrainingOptions) -> tuple[str, ...]:
+    trl = ("trl", "datasets") if asked.trainer == "trl" else ()
+    return (*_PACKAGES, *trl, *(("deepspeed",) if asked.parallel.startswith("zero") else ()))
 
 
 def _install(lacking: Sequence[str]) -> str:
-    trl = lacking[-1] in ("trl", "datasets")
-    return "pip install" + " 'vramplan[probe]'" * (lacking[0] in _PACKAGES) + " trl" * trl
+    names = [name for name in ("trl", "datasets", "deepspeed") if name in lacking]
+    if "trl" in names and "datasets" in names:
+        names.remove("datasets")  # comes with it
+    return " ".join(["pip install", *(["'vramplan[probe]'"] if lacking[0] in _PACKAGES else []), *names])
 
 
 def _usable(case: Case, machine: Machine) -> None:

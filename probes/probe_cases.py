@@ -29,13 +29,15 @@ TOKEN_STEP = 64  # of a boundary over seq_len
 _MOST_BATCH, _MOST_TOKENS = 100_000, 2**20
 # Options that say nothing of what the GPU holds.
 _NOT_MEASURED = ("num_gpus", "parallel", "examples", "tokens_per_example", "epochs", "phases")
+SHARING = ("num_gpus", "parallel", "reshard_after_forward", "cpu_offload")  # options that say how GPUs share a run
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """The GPU here, as CUDA and NVML show it: `name` is CUDA's, `card` the catalog's, with this one's own memory.
 
-    `others_bytes` are other processes'; `bitsandbytes` says why that cannot quantise here, and is empty where it can.
+    `others_bytes` are other processes'; `bitsandbytes` says why that cannot quantise here, and is empty where it can;
+    `alone`: it stands for all GPUs of a run on several.
     """
 
     card: Gpu
@@ -46,6 +48,7 @@ class Machine:
     others_bytes: int = 0
     bitsandbytes: str = ""
     notes: tuple[str, ...] = ()
+    alone: bool = False
 
     @property
     def free_bytes(self) -> int:
@@ -58,6 +61,7 @@ class Case:
     """One run to measure. `predicted` is what the planner says where PyTorch may reserve `room_bytes`.
 
     `limited`: the room is less than the GPU has, and PyTorch is told so. `record`: with the last step's memory history.
+    `alone`: one GPU stands for all of several, so that NCCL takes nothing.
     """
 
     plan: Plan
@@ -66,12 +70,15 @@ class Case:
     limited: bool
     steps: int = STEPS
     record: bool = False
+    alone: bool = False
 
     @property
     def id(self) -> str:
         """The model, the options that were asked for, and what PyTorch may reserve where that is limited."""
         values, given = self.plan.options.as_dict(), self.plan.options.given
         said = [f"{name}={value}" for name, value in values.items() if name in given]
+        if self.alone:
+            said.append("alone")
         if self.limited:
             said.append(f"room={format_gib(self.room_bytes)}")
         return re.sub(r"[\[\]' ]", "", "-".join([self.plan.model.name, *said]))
@@ -143,7 +150,8 @@ def case_of(model: Any, options: Mapping[str, Any], machine: Machine, limit_byte
     """
     made = plan(model, gpu=machine.card, **options)
     budget = machine.free_bytes if limit_bytes is None else min(limit_bytes, machine.free_bytes)
-    context = made.memory.context_bytes - made.device.hidden_bytes
+    alone = machine.alone and made.options.num_gpus > 1
+    context = made.memory.context_bytes - made.device.hidden_bytes - alone * made.memory.nccl_bytes
     room = budget - context
     if room <= 0:
         raise UsageError(
@@ -151,17 +159,25 @@ def case_of(model: Any, options: Mapping[str, Any], machine: Machine, limit_byte
             "give more (--memory-limit)"
         )
     predicted = memory.estimate(made.architecture, made.options, made.device, made.counts, limit_bytes=room)
-    return Case(made, predicted, room, limit_bytes is not None)
+    return Case(made, predicted, room, limit_bytes is not None, alone=alone)
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
-def bundled(machine: Machine, *, grid: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """The table's runs that this GPU's kind and libraries can do, each a model and options; notes on the others."""
+def bundled(
+    machine: Machine, *, grid: bool, sharing: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The table's runs that this GPU's kind and libraries can do, each a model and options; notes on the others.
+
+    With options of `SHARING` they are those for several GPUs, shared so.
+    """
     notes = []
-    asked = list(_table()["default"])
-    if grid:
+    if sharing:
+        asked = [{**each, "options": each["options"] | sharing} for each in _table()["several"]]
+    else:
+        asked = list(_table()["default"])
+    if grid and not sharing:
         table = _table()["full"]
         asked += [{"model": model, "options": each} for model in table["models"] for each in table["settings"]]
     if machine.bitsandbytes:
@@ -212,12 +228,14 @@ def seconds(case: Case, flops_per_s: float) -> float:
     """A rough guess of what a run takes, its process's start included, at this speed; the time budget needs no better.
 
     A token costs forward, recomputation and backward, 8 FLOP a parameter, at a third of a large product's speed;
-    weights are drawn and quantised at about a billion a second, and the first step compiles and loads kernels.
+    weights are drawn and quantised at about a billion a second, and the first step compiles and loads kernels. Each of
+    several ranks imports everything by itself.
     """
     o = case.plan.options
     tokens = o.batch_size * o.seq_len * o.gradient_accumulation_steps * case.steps
     total = case.plan.counts.total
-    return 6.0 + total / 1e9 + 8 * total * tokens / (flops_per_s / 3)
+    start_s = 6.0 if o.num_gpus == 1 or case.alone else 40.0
+    return start_s + total / 1e9 + 8 * total * tokens / (flops_per_s / 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- boundaries

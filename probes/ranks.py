@@ -2,6 +2,9 @@
 
 `launch` runs where the probe runs, and imports no torch. A rank writes its answer to a file of its own; where one
 fails, torchrun ends the others, and its error is what the case ends with.
+
+`alone` is rank 0 of any number of GPUs on one of them, with torch's fake process group: collectives fill what they give
+from what this rank has, and nothing else is missing. So the memory is that of rank 0, but for NCCL's own.
 """
 
 from __future__ import annotations
@@ -135,16 +138,56 @@ def main(folder: str) -> int:
     os._exit(1 if "error" in answer or answer["outcome"] != "ok" else 0)
 
 
+def alone(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures `case` on this GPU as rank 0 of all; the answer is that rank's. Its times are nobody's, and left out."""
+    from vramplan.probes import measure
+
+    pretend(case["options"]["num_gpus"])
+    found = measure.measure(case)
+    for step in found["steps"]:
+        step["step_s"] = None
+    return [found | {"step_s": None, "device_used_bytes": None}]
+
+
+def pretend(num_gpus: int) -> None:
+    """From now on this process is rank 0 of `num_gpus`, as far as torch, accelerate and DeepSpeed can tell."""
+    import torch
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(num_gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    torch.cuda.set_device(0)
+    distributed.init_process_group("fake", rank=0, world_size=num_gpus, store=FakeStore())
+    ddp = torch.nn.parallel.DistributedDataParallel
+    wrap = ddp.__init__
+
+    def done(_, bucket):  # type: ignore[no-untyped-def]  # DDP takes no annotation but its own
+        future: Any = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **kwargs)
+        # the group's own answer has no value, and DDP waits for one (c10d/comm.cpp, parseCppCommHookResult)
+        self.register_comm_hook(None, done)
+
+    ddp.__init__ = wrapped
+
+
 def _measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     import torch
 
-    from vramplan.probes import measure
+    from vramplan.probes import measure, probe_gpu
 
     device = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(device)
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    others = case["others_bytes"] if rank == 0 else 0
-    return measure.measure({**case, "uuid": uuid, "others_bytes": others, "record": False})
+    held = probe_gpu.memory(uuid)  # before this process holds anything of its GPU
+    others = 0 if held is None else held.processes_bytes or 0
+    torch.cuda.set_device(device)
+    record = case["record"] and rank == 0  # the rank that is played
+    return measure.measure({**case, "uuid": uuid, "others_bytes": others, "record": record})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ tokens synthetic: memory depends on neither. Nothing is downloaded, and no code 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from vramplan.planner.training import TrainingOptions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IN_HOST_MEMORY = ("fsdp", "zero1", "zero2")  # where a model is loaded that is not quantised
 ROWS = 64  # of the data at least; a Trainer that runs out of them begins again
+_REMOVE_NONE = {"remove_unused_columns": False}
 # Fields of a config.json that say where it comes from or how it was saved, not what the model is.
 _PROVENANCE = (
     "model_type",
@@ -66,13 +69,16 @@ def hf_config(config: Mapping[str, Any], options: TrainingOptions) -> transforme
 def load(config: Mapping[str, Any], options: TrainingOptions) -> transformers.PreTrainedModel:
     """The base model on the current CUDA device, with random weights, quantised for qlora.
 
-    For fsdp it is in host memory where it is not quantised, and its weights are not set.
+    Where it is not quantised, it is in host memory for fsdp, zero1 and zero2, and its weights are not set; for zero3
+    each weight is partitioned as it is made, once the arguments are (`deepspeed_arguments`).
     """
     cfg = hf_config(config, options)
     if options.method == "qlora":
         return _quantised(cfg, options)
-    if options.parallel == "fsdp":
+    if options.parallel in IN_HOST_MEMORY:
         return _in_host_memory(cfg, options)
+    if options.parallel == "zero3":
+        return from_config(cfg, options)
     with torch.device("cuda"):
         return from_config(cfg, options)
 
@@ -85,14 +91,14 @@ def from_config(cfg: transformers.PretrainedConfig, options: TrainingOptions) ->
 
 
 def _in_host_memory(cfg: transformers.PretrainedConfig, options: TrainingOptions) -> transformers.PreTrainedModel:
-    """The model as from_pretrained leaves it for fully_shard, which moves it to the GPU unit by unit.
+    """The model as from_pretrained leaves it for fully_shard, which moves it to the GPU unit by unit, or for DeepSpeed.
 
     Its weights are pages that nobody has written, so that no rank holds a copy; they are float32 at once where
     accelerate would make them so (fsdp2_prepare_model).
     """
     with torch.device("meta"):
         model = from_config(cfg, options)
-    if options.method == "full" and options.mixed_precision != "no":
+    if options.parallel == "fsdp" and options.method == "full" and options.mixed_precision != "no":
         model = model.to(torch.float32)
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -103,10 +109,14 @@ def _in_host_memory(cfg: transformers.PretrainedConfig, options: TrainingOptions
     return model.train()
 
 
-def fill(model: torch.nn.Module) -> None:
-    """Random numbers in every weight, or in this rank's shard of it: products of zeros run faster than others."""
+def fill(model: torch.nn.Module, optimizer: Any) -> None:
+    """Random numbers in every weight, or in this rank's shard of it: products of zeros run faster than others.
+
+    DeepSpeed's optimizer holds weights of its own, by which it replaces the model's.
+    """
+    own = getattr(getattr(optimizer, "optimizer", None), "single_partition_of_fp32_groups", ())
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *own):
             local = getattr(p, "_local_tensor", p).data
             if local.is_floating_point():
                 local.normal_(0, 0.02)
@@ -115,7 +125,7 @@ def fill(model: torch.nn.Module) -> None:
 def quantization_config(options: TrainingOptions) -> transformers.BitsAndBytesConfig:
     """NF4 as QLoRA has it, computing in autocast's dtype, or in the weights' own without autocast.
 
-    For fsdp it is stored in that dtype too: what is stored as uint8 is not sharded.
+    Where weights are sharded it is stored in that dtype too: what is stored as uint8 is not.
     """
     compute = options.weights_dtype if options.mixed_precision == "no" else options.mixed_precision
     return transformers.BitsAndBytesConfig(
@@ -123,7 +133,7 @@ def quantization_config(options: TrainingOptions) -> transformers.BitsAndBytesCo
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=options.double_quant,
         bnb_4bit_compute_dtype=DTYPES[compute],
-        bnb_4bit_quant_storage=DTYPES[compute] if options.parallel == "fsdp" else torch.uint8,
+        bnb_4bit_quant_storage=DTYPES[compute] if options.parallel in ("fsdp", "zero3") else torch.uint8,
     )
 
 
@@ -293,11 +303,32 @@ def _fsdp(options: TrainingOptions) -> dict[str, Any]:
     }
 
 
+def deepspeed_arguments(options: TrainingOptions, arguments: Mapping[str, Any]) -> transformers.TrainingArguments:
+    """The arguments of a run under DeepSpeed, made before the model: those of zero3 partition what is made after them.
+
+    Its configuration is accelerate's own where the user gives none: what `accelerate launch --use_deepspeed` sets
+    (accelerate/utils/launch.py), and accelerate/utils/dataclasses.py, DeepSpeedPlugin, reads.
+    """
+    device = "cpu" if options.cpu_offload else "none"
+    os.environ |= {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": options.parallel[-1],
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": device,
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": device if options.parallel == "zero3" else "none",
+    }
+    return transformers.TrainingArguments(**_REMOVE_NONE, **arguments)
+
+
 def trainer(
-    model: Any, options: TrainingOptions, lora: peft.LoraConfig | None, arguments: Mapping[str, Any]
+    model: Any,
+    options: TrainingOptions,
+    lora: peft.LoraConfig | None,
+    arguments: Mapping[str, Any] | transformers.TrainingArguments,
 ) -> transformers.Trainer:
     """The trainer that `options` name, on `model` as `adapt` left it, with synthetic rows."""
     rows = Rows(model.config.vocab_size, options)
+    if isinstance(arguments, transformers.TrainingArguments):
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
     if options.trainer == "trl":
         import datasets
         import trl
@@ -317,8 +348,8 @@ def trainer(
             peft_config=lora,
             processing_class=_tokenizer(),
         )
-    arguments = {"remove_unused_columns": False, **arguments}
-    return transformers.Trainer(model=model, args=transformers.TrainingArguments(**arguments), train_dataset=rows)
+    args = transformers.TrainingArguments(**{**_REMOVE_NONE, **arguments})
+    return transformers.Trainer(model=model, args=args, train_dataset=rows)
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:

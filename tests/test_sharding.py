@@ -15,6 +15,7 @@ from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.errors import UsageError
 from vramplan.planner.run import Run, alive
 from vramplan.planner.sharding import BUCKET, FIRST_BUCKET, Fsdp, Share, Unit, buckets, rows_of
+from vramplan.planner.traffic import Hooks
 
 MIB = 2**20
 # Two layers; a vocabulary and an MLP that no even number divides.
@@ -74,6 +75,26 @@ def test_a_unit_by_hand() -> None:
     assert unit.cast(3) == (33 * 8 + 1) * 2
     assert unit.whole(3) == [129 * 64 * 2, 99 * 8 * 2, 3 * 2]
     assert unit.reduced(3) == (33 * 8 + 1, 4)
+    assert unit.places(3) == 8 * (1 + 1 + 6 * 2 + 2)  # 528 bytes and 2, a block each
+
+
+def test_places_of_gradients_as_recorded() -> None:
+    """Two sizes of a run of Qwen2.5-0.5B on a GPU: a layer's, and those of the shared matrix and the norm."""
+    made = plan("qwen2.5-0.5b", method="full", num_gpus=2, parallel="fsdp")
+    units = units_of(memory.run_of(made.architecture, made.options, made.device, made.counts))
+    assert [units.layers[0].places(2), units.tail.places(2)] == [58_872, 531_896]
+
+
+def test_a_gathered_buffer_is_there_until_the_next_unit_has_been_copied_out_of_its_own() -> None:
+    run = run_of(TINY, method="full", parallel="fsdp")
+    run.step(0)
+    program = run.program
+    forward = next(stretch for stretch in run.step(1) if stretch.name == "forward, layer 1")
+    buffers = [e for e in forward.events if program.labels[e >> 1] == "weights, gathered"]
+    copies = [e for e in forward.events if program.labels[e >> 1] == "weight, gathered" and not e & 1]
+    assert [e & 1 for e in buffers] == [0, 1]  # its own comes, the one before goes
+    at = forward.events.index
+    assert at(buffers[0]) < at(copies[0]) < at(copies[-1]) < at(buffers[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- buckets
@@ -245,41 +266,6 @@ def test_offloaded_shards_and_states_take_nothing_of_the_gpu() -> None:
     assert parts["weights"] == 2 * 4 * 8  # rotary frequencies
 
 
-# ------------------------------------------------------------------------------------------------------------ ZeRO 1, 2
-
-
-def test_the_parts_of_zero() -> None:
-    run = run_of(TINY, method="full", parallel="zero1", num_gpus=4)
-    # with decay: both tables and the layers' matrices; without: 5 norms of 64
-    matrices = 2 * 129 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 97 * 64)
-    assert matrices % 8 == 0
-    assert [p.shape for p in run.parameters] == [(matrices // 4,), (5 * 64 // 4,)]
-    assert {p.dtype for p in run.parameters} == {"fp32"}
-
-
-def test_what_zero_holds_between_steps() -> None:
-    run = run_of(TINY, method="full", parallel="zero2", num_gpus=2)
-    before = [e for stretch in run.loading for e in stretch.events]
-    step = [e for stretch in run.step(0) for e in stretch.events]
-    program, total = run.program, sum(p.numel for p in run.trained)
-    held: dict[str, int] = {}
-    for i in alive([*before, *step]):
-        held[program.parts[i]] = held.get(program.parts[i], 0) + program.sizes[i]
-    assert total % 4 == 0
-    assert held["weights"] == 2 * total + 2 * 4 * 8  # bf16, and two tables of frequencies
-    assert held["master weights"] == 4 * total // 2
-    assert held["optimizer states"] == 8 * total // 2 + 2 * 4  # and a step for each group
-
-
-def test_a_bucket_of_zero_is_there_from_the_loss_to_the_end_of_backward() -> None:
-    run = run_of(TINY, method="full", parallel="zero2")
-    made = run.step(0)
-    bucket = next(i for i, label in enumerate(run.program.labels) if label == "bucket of gradients")
-    assert run.program.sizes[bucket] == 10**9
-    at = [stretch.name for stretch in made for e in stretch.events if e >> 1 == bucket]
-    assert at == ["loss, backward", "backward, embeddings"]
-
-
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
@@ -369,13 +355,14 @@ def test_what_fully_shards_hooks_are_counted() -> None:
     """Full fine-tuning of two layers of 9 weights; root: head, final norm; the embedding by itself."""
     run = run_of(TINY, method="full", parallel="fsdp")
     sections = [section for stretch, _ in throughput.work(run).stretches for section in stretch]
-    units, weights, buckets = (sum(column) for column in zip(*(section.hooks for section in sections), strict=True))
+    hooks = Hooks(*(sum(column) for column in zip(*(section.hooks for section in sections), strict=True)))
     shared = units_of(run)
-    root, embedding = len(shared.tail.shares), len(shared.embedding.shares) if shared.embedding else 0
-    # forward gathers four, backward all but the root's, which stays; gradients of all four are added up
-    assert units == 4 + 3 + 4
-    assert weights == 3 * (9 + 9 + embedding) + 2 * root
-    assert buckets == 0
+    tail, embedding = len(shared.tail.shares), len(shared.embedding.shares) if shared.embedding else 0
+    # forward gathers four, backward all but the tail, which stays; gradients of all four are added up
+    assert (hooks.gathers, hooks.reductions) == (4 + 3, 4)
+    assert hooks.weights == 2 * (9 + 9 + embedding) + tail
+    assert hooks.gradients == 9 + 9 + embedding + tail
+    assert hooks.bucketed == 0
 
 
 def test_bytes_over_the_links_by_hand() -> None:

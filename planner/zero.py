@@ -1,0 +1,667 @@
+"""DeepSpeed's ZeRO 1, 2 and 3: what each rank holds, and what gathering and adding up takes.
+
+As sharding.py's, put around the micro-steps of run.py. The configuration is accelerate's where the user gives none of
+his own (accelerate/utils/dataclasses.py, DeepSpeedPlugin): buckets of 500,000,000 elements, no overlap_comm.
+
+Sources (deepspeed 0.19): deepspeed/runtime/engine.py, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
+runtime/zero/parameter_offload.py, runtime/zero/partitioned_param_coordinator.py, runtime/zero/partition_parameters.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby
+from math import prod
+from typing import TYPE_CHECKING
+
+from vramplan.planner import loading, optimizer
+from vramplan.planner.paper import ITEMSIZE, Parameter
+from vramplan.planner.sharding import (
+    BUFFERS,
+    COPY_IN,
+    GATHERED,
+    MASTER,
+    REDUCE,
+    STAYS,
+    Fsdp,
+    Share,
+    Unit,
+    Units,
+    alive_in_order,
+    units_of,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from vramplan.planner.blocks import Settings
+    from vramplan.planner.run import MicroStep, Program, Run, Stretch
+    from vramplan.planner.trainer import Trainer
+    from vramplan.planner.training import TrainingOptions
+
+REDUCE_BUCKET = 500_000_000  # elements (deepspeed/runtime/zero/config.py, reduce_bucket_size)
+_ALIGNED = 2  # elements at whose multiples a rank's part begins (stage_1_and_2.py, nccl_start_alignment_factor)
+_SAME_NODE = "gradient of an input"  # which the node that makes a weight's gradient makes next
+
+
+def of(options: TrainingOptions) -> Zero:
+    """ZeRO of the stage that the options name."""
+    if options.parallel == "zero3":
+        return Zero3(options.num_gpus, cpu_offload=options.cpu_offload)
+    return Zero(options.num_gpus, int(options.parallel[-1]), cpu_offload=options.cpu_offload)
+
+
+def with_hooks(
+    events: Sequence[int], program: Program, grads: Collection[int], arrived: Callable[[int], list[int]],
+    before: Mapping[int, list[int]],
+) -> list[int]:  # fmt: skip
+    """The events with those that `arrived` gives for each of `grads`, and those that come `before` a position.
+
+    A gradient's hook runs once the node that made it is done, and before another node allocates: AccumulateGrad goes
+    before all others (torch/csrc/autograd/engine.cpp).
+    """
+    found: list[int] = []
+    came: list[int] = []
+    inside = False
+    for at, event in enumerate(events):
+        if came and not event & 1:
+            if inside and program.labels[event >> 1] == _SAME_NODE:
+                inside = False
+            else:
+                found += [e for g in came for e in arrived(g)]
+                came = []
+        found += before.get(at, ())
+        if not event & 1 and event >> 1 in grads:
+            came.append(event >> 1)
+            inside = True
+        found.append(event)
+    found += [e for g in came for e in arrived(g)]
+    return found + before.get(len(events), [])
+
+
+# ----------------------------------------------------------------------------------------------------------- ZeRO 1, 2
+
+
+class Zero:
+    """DeepSpeed's ZeRO 1 or 2 over `ranks` GPUs, with accelerate's configuration where the user gives none of his own.
+
+    The model is held whole, in 16 bits, and what is trained of it in one flat tensor for each group of parameters. Each
+    rank's optimizer holds one part of that in float32. The first gradient of a backward makes a bucket of 500,000,000
+    elements; gradients are copied there, added up when it is full, and of the sums a rank keeps those of the parameters
+    that its part touches. Stage 2 copies each gradient as it comes, stage 1 all of them once the last micro-step is
+    done: until then they are whole.
+    """
+
+    def __init__(self, ranks: int, stage: int, *, cpu_offload: bool = False) -> None:
+        self.ranks, self.stage, self.cpu_offload = ranks, stage, cpu_offload
+        self._bucket = self._sums = -1  # the gradients that this rank keeps until the step
+        self._item = 2
+
+    def played(self, s: Settings) -> Settings:
+        """DeepSpeed's engine casts the whole model to 16 bits, and runs it without autocast (engine.py)."""
+        return replace(Fsdp(self.ranks).played(s), hooked=False)
+
+    def trainer(self, trainer: Trainer) -> Trainer:
+        """As on one GPU."""
+        return trainer
+
+    def groups(self, run: Run) -> list[list[Parameter]]:
+        """The trained parameters of each of the optimizer's groups."""
+        return [group for group in optimizer.groups(run.trained, run.layer_norms) if group]
+
+    def part(self, group: Iterable[Parameter]) -> int:
+        """Elements of one rank's part of a group, which is padded to a multiple of twice the number of ranks."""
+        step = _ALIGNED * self.ranks
+        return -(-sum(p.numel for p in group) // step) * _ALIGNED
+
+    def touched(self, run: Run) -> list[tuple[Parameter, int]]:
+        """The parameters that a rank's parts touch, and how many of their elements lie in there (get_partition_info).
+
+        Those of the rank that keeps the most: a parameter at the edge of two parts is kept whole by both.
+        """
+        placed = []
+        kept = [0] * (self.ranks + 1)
+        for group in self.groups(run):
+            part = self.part(group)
+            for p, start in zip(group, accumulate((p.numel for p in group), initial=0), strict=False):
+                placed.append((p, start, part))
+                kept[start // part] += p.numel
+                kept[(start + p.numel - 1) // part + 1] -= p.numel
+        totals = list(accumulate(kept[:-1]))
+        rank = totals.index(max(totals))
+        inside = ((p, min(start + p.numel, (rank + 1) * part) - max(start, rank * part)) for p, start, part in placed)
+        return [(p, numel) for p, numel in inside if numel > 0]
+
+    def parameters(self, run: Run) -> list[Parameter]:
+        """This rank's part of each group, in float32."""
+        if self.cpu_offload:
+            return []
+        names = ("part", "part.norm")  # by which the groups stay apart: the second goes without decay
+        return [
+            Parameter(name, (self.part(g),), "fp32", True) for name, g in zip(names, self.groups(run), strict=False)
+        ]
+
+    def loading(self, run: Run) -> tuple[Stretch, ...]:
+        """The model is cast, each group of what is trained is made flat, and each rank copies its part (__init__).
+
+        Each group begins with empty_cache.
+        """
+        from vramplan.planner.run import Stretch
+
+        before, program, s = loading.play(run), run.program, run.settings
+        low = s.weights_dtype
+        item = self._item = ITEMSIZE[low]
+        part = "weights" if s.method == "full" else "adapter"
+        events: list[int] = []
+        whole: list[int] = []  # in the order of run.trained
+        for i in alive_in_order(e for stretch in before for e in stretch.events):
+            label = program.labels[i]
+            own = program.parts[i] == part and label not in STAYS
+            wide = "float32" in label or label.endswith("fp32") or label == "adapter weight"
+            if wide and item < 4 and label not in STAYS and program.sizes[i] >= 4:
+                narrow = program.new(
+                    program.sizes[i] // 4 * item, f"weight, {low}", program.parts[i], program.scopes[i]
+                )
+                events += (2 * narrow, 2 * i + 1)
+                i = narrow
+            if own:
+                whole.append(i)
+        if item < 4:
+            run.biases.clear()  # they are in the dtype in which they are added
+        trained = {p.name: i for p, i in zip(run.trained, whole, strict=True)}
+        stretches = [Stretch("sharing", events)]
+        gradients: list[int] = []
+        for group in self.groups(run):
+            size = self.part(group)
+            flat = program.new(size * self.ranks * item, "trained weights, flat", part)
+            events = [2 * flat, *(2 * trained[p.name] + 1 for p in group)]
+            copied = program.new(size * item, "part of the weights", "")
+            events.append(2 * copied)
+            if not self.cpu_offload:
+                events.append(2 * program.new(size * 4, "part of the weights, float32", MASTER))
+                gradients.append(2 * program.new(size * 4, "gradient of the part, float32", ""))
+            stretches.append(Stretch("sharing", [*events, 2 * copied + 1]))
+        if self.cpu_offload:
+            largest = max(p.numel for p in run.trained)
+            gradients.append(2 * program.new(largest * item, "gradient, to be copied to host memory", BUFFERS))
+        stretches[-1].events.extend([*gradients, *([] if self.cpu_offload else [g + 1 for g in gradients])])
+        return (*before, *stretches)
+
+    def beginning(self, run: Run, number: int) -> list[Stretch]:  # noqa: ARG002
+        """Nothing."""
+        return []
+
+    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
+        """Gradients go to the bucket, and from it to what this rank keeps (setup_buckets, reduce_ipg_grads).
+
+        Under stage 2 each micro-step makes its gradients anew, and adds what is kept of them to what the first one
+        left.
+        """
+        from vramplan.planner.run import Stretch
+
+        again = made is not first
+        gathering = self.stage == 2  # each gradient is added up in the micro-step that made it
+        made = first if gathering else made
+        new, sizes, item = run.program.new, run.program.sizes, self._item
+        names = {g: p.name for g, p in zip(first.grads, run.trained, strict=True)}
+        touched = [p for p, _ in self.touched(run)]
+        kept = {p.name for p in touched}
+        total = 0 if self.cpu_offload else sum(p.numel for p in touched) * item
+        if self._bucket < 0:
+            self._bucket = new(REDUCE_BUCKET * item, "bucket of gradients", BUFFERS)
+        if self._sums < 0:
+            self._sums = new(total, "gradients that this rank keeps", "gradients")
+        adding = again and gathering
+        sums = new(total, "gradients that this rank keeps, to be added", "gradients") if adding else self._sums
+        there, bucket = False, again and not gathering
+        waiting: list[int] = []
+        large: list[int] = []
+
+        def reduce() -> list[int]:
+            nonlocal there
+            if not waiting:
+                return []
+            flat = new(sum(sizes[g] for g in waiting), "gradients, to be added up", BUFFERS)
+            found = [2 * flat, 2 * flat + 1]
+            if not there and total and any(names[g] in kept for g in waiting):
+                there = True
+                found.append(2 * sums)
+            found += [2 * g + 1 for g in large]
+            waiting.clear()
+            large.clear()
+            return found
+
+        def collect(g: int) -> list[int]:
+            found = reduce() if sum(sizes[w] for w in waiting) + sizes[g] > REDUCE_BUCKET * item else []
+            waiting.append(g)
+            if sizes[g] > REDUCE_BUCKET * item:
+                large.append(g)
+            else:
+                found.append(2 * g + 1)
+            return found
+
+        def arrived(g: int) -> list[int]:
+            nonlocal bucket
+            found = [] if bucket else [2 * self._bucket]
+            bucket = True
+            return found + (collect(g) if gathering else [])
+
+        stretches = [Stretch(s.name, with_hooks(s.events, run.program, names, arrived, {})) for s in made.stretches]
+        if gathering or last:
+            end = stretches[-1].events
+            for g in () if gathering else first.grads:
+                end += collect(g)
+            end += [*reduce(), 2 * self._bucket + 1, *([2 * sums + 1] if adding and there else [])]
+        return stretches, []
+
+    def update(self, run: Run, first: bool) -> list[Stretch]:
+        """The norm in float64, tensor by tensor; then each group's part of the gradients in float32, and its step.
+
+        get_grad_norm_direct, step. The optimizer's own events are those of all groups, at the first and largest.
+        """
+        from vramplan.planner.run import Stretch
+
+        if self.cpu_offload:
+            return []
+        new, item = run.program.new, self._item
+        norm: list[int] = []
+        for _, numel in self.touched(run):
+            double = new(8 * numel, "gradient, float64", "")
+            norm += (2 * double, 2 * double + 1)
+        events: list[int] = []
+        groups = self.groups(run)
+        for i, group in enumerate(groups):
+            flat, wide = new(self.part(group) * item, "gradients, flat", "gradients"), None
+            events.append(2 * flat)
+            if item < 4:
+                wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
+                events += (2 * wide, 2 * flat + 1)
+            if i == len(groups) - 1:
+                events.append(2 * self._sums + 1)
+            if i == 0:
+                events += run.optimize(first)
+            events.append(2 * (flat if wide is None else wide) + 1)
+        return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
+
+    def notes(self, run: Run) -> list[str]:  # noqa: ARG002
+        """What is assumed."""
+        return [
+            f"ZeRO {self.stage} is planned with accelerate's configuration of DeepSpeed 0.19: buckets of 500,000,000 "
+            "elements, without overlap_comm"
+        ]
+
+
+# --------------------------------------------------------------------------------------------------------------- ZeRO 3
+
+# Elements (deepspeed/runtime/zero/config.py): weights so small are always whole; how soon one must be used again to
+# stay; how many may be whole at once; how many are fetched ahead each time; of a sub-group of the optimizer.
+PERSISTENT, REUSED, LIVE, PREFETCHED, SUB_GROUP = 100_000, 1_000_000_000, 1_000_000_000, 50_000_000, 1_000_000_000
+
+
+class Zero3(Zero):
+    """ZeRO 3: weights are partitioned too, each on its own, and gathered for the modules that run (Coordinator).
+
+    Gradients are added up as under ZeRO 2, from a bucket that is always there into a buffer for all of them.
+    """
+
+    def __init__(self, ranks: int, *, cpu_offload: bool = False) -> None:
+        super().__init__(ranks, 3, cpu_offload=cpu_offload)
+        self._units: Units | None = None
+
+    def played(self, s: Settings) -> Settings:
+        """As under ZeRO 2, but an adapter stays as PEFT made it.
+
+        engine.py, _configure_distributed_model: a model that was partitioned as it was loaded is not cast any more.
+        """
+        made = replace(super().played(s), hooked=True)
+        return replace(made, adapter_dtype=s.adapter_dtype) if s.method == "lora" else made
+
+    def units(self, run: Run) -> Units:
+        """The layers and what is around them, each weight in the dtype in which it is computed with."""
+        if self._units is None:
+            made = units_of(run, reshard=True)
+
+            def held(share: Share) -> Share:
+                dtype = share.dtype if share.trained and run.loaded.method == "lora" else share.gathered
+                return replace(share, dtype=dtype, gathered=dtype)
+
+            def each(unit: Unit) -> Unit:
+                return Unit(tuple(map(held, unit.shares)), True)
+
+            self._units = replace(
+                made,
+                embedding=each(made.embedding) if made.embedding else None,
+                layers=tuple(map(each, made.layers)),
+                tail=each(made.tail),
+                root=each(made.root),
+            )
+        return self._units
+
+    def part(self, group: Iterable[Parameter]) -> int:
+        """Elements of one rank's parts of the parameters, each padded by itself."""
+        return sum(-(-p.numel // self.ranks) for p in group)
+
+    def groups(self, run: Run) -> list[list[Parameter]]:
+        """The optimizer's groups, cut into sub-groups of 1,000,000,000 elements at most (_create_fp16_sub_groups)."""
+        found: list[list[Parameter]] = []
+        for group in super().groups(run):
+            numel = SUB_GROUP
+            for p in group:
+                if numel >= SUB_GROUP:
+                    found.append([])
+                    numel = 0
+                found[-1].append(p)
+                numel += p.numel
+        return found
+
+    def touched(self, run: Run) -> list[tuple[Parameter, int]]:
+        """Every parameter: a rank has a part of each."""
+        return [(p, -(-p.numel // self.ranks)) for p in run.trained]
+
+    def parameters(self, run: Run) -> list[Parameter]:
+        """This rank's part of each sub-group, in float32."""
+        if self.cpu_offload:
+            return []
+        return [Parameter(f"part {i}", (self.part(g),), "fp32", True) for i, g in enumerate(self.groups(run))]
+
+    def loading(self, run: Run) -> tuple[Stretch, ...]:
+        """Weights are partitioned as they are loaded; then come the parts in float32, the bucket, the gradients."""
+        from vramplan.planner.run import Stretch
+
+        program, units = run.program, self.units(run)
+        whole = run.loaded.method == "qlora"
+        before = (
+            loading.play(run) if whole else tuple(Stretch(name, []) for name in ("loading", "preparation", "adapter"))
+        )
+        there = alive_in_order(e for stretch in before for e in stretch.events)
+        item = self._item = ITEMSIZE[run.settings.weights_dtype]
+        events: list[int] = []
+        for unit in units.all:
+            for share in unit.shares:
+                part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
+                size = prod(share.shape)
+                if not self.cpu_offload:
+                    nbytes = -(-size // self.ranks) * ITEMSIZE[share.dtype]
+                    events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
+                if size <= PERSISTENT:
+                    events.append(
+                        2 * program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
+                    )
+        events += [2 * i + 1 for i in there if program.labels[i] not in STAYS]
+        if not whole:
+            events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
+        run.biases.clear()
+        if not self.cpu_offload:
+            for group in self.groups(run):
+                events.append(2 * program.new(self.part(group) * 4, "part of the weights, float32", MASTER))
+            numel = sum(self.part(group) for group in self.groups(run))
+            events.append(2 * program.new(numel * item, "parts of the gradients", "gradients"))
+        self._bucket = program.new(REDUCE_BUCKET * item, "bucket of gradients", BUFFERS)
+        return (*before, Stretch("sharing", [*events, 2 * self._bucket]))
+
+    def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
+        """Weights are gathered for the modules that run; each gradient goes to the bucket as it comes."""
+        from vramplan.planner.run import Stretch
+
+        made, new, sizes = first, run.program.new, run.program.sizes
+        names = set(made.grads)
+        limit = REDUCE_BUCKET * self._item
+        filled = 0
+        waiting: list[int] = []
+
+        def reduce() -> list[int]:
+            nonlocal filled
+            flat = new(filled, "gradients, to be added up", BUFFERS, "", REDUCE)
+            found = [2 * flat, 2 * flat + 1, *(2 * g + 1 for g in waiting)] if filled else []
+            filled = 0
+            waiting.clear()
+            return found
+
+        def arrived(g: int) -> list[int]:
+            nonlocal filled
+            found = reduce() if filled + sizes[g] > limit else []
+            filled += sizes[g]
+            if sizes[g] > limit:
+                waiting.append(g)
+            else:
+                found.append(2 * g + 1)
+            return found
+
+        fetched = Coordinator(run.program, self.ranks).play(list(_visits(run, made, self.units(run))))
+        played = [
+            Stretch(s.name, with_hooks(s.events, run.program, names, arrived, fetched.get(i, {})))
+            for i, s in enumerate(made.stretches)
+        ]
+        played[-1].events.extend(reduce())
+        return played, []
+
+    def update(self, run: Run, first: bool) -> list[Stretch]:
+        """The norm in float64, then sub-group after sub-group: its gradients in float32, and its step (step)."""
+        from vramplan.planner.run import Stretch
+
+        if self.cpu_offload:
+            return []
+        new = run.program.new
+        norm: list[int] = []
+        for _, numel in self.touched(run):
+            double = new(8 * numel, "gradient, float64", "")
+            norm += (2 * double, 2 * double + 1)
+        events: list[int] = []
+        for i, group in enumerate(self.groups(run)):
+            flat = new(self.part(group) * self._item, "gradients, flat", "gradients")
+            wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
+            events += (2 * flat, 2 * wide, 2 * flat + 1)
+            if i == 0:
+                events += run.optimize(first)
+            events.append(2 * wide + 1)
+        return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
+
+
+Place = tuple[int, int]  # a stretch, and an event in it
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A module's forward or backward, and the weights that it needs: none where they are always whole or its parts'.
+
+    `end` is None where nothing can be let go: a module with parts begins, or backward follows at once.
+    """
+
+    begin: Place
+    end: Place | None
+    weights: tuple[Share, ...]
+
+
+def _visits(run: Run, made: MicroStep, units: Units) -> Iterator[Visit]:
+    """The modules in the order in which hooks meet them; where they begin and end is read off the events' scopes."""
+    program, places = run.program, made.places
+    prefix, checkpointing = run.architecture.layer_prefix, run.settings.checkpointing
+
+    def wanted(shares: Iterable[Share]) -> tuple[Share, ...]:
+        return tuple(s for s in shares if prod(s.shape) > PERSISTENT)
+
+    def after(place: int) -> Place:
+        return (place, len(made.stretches[place].events))
+
+    def at(mark: str, otherwise: str) -> Place:
+        return (places.get(mark, places[otherwise]), 0)
+
+    def of_layer(i: int, stretch: int, backward: bool) -> Iterator[Visit]:
+        start = len(f"{prefix}.{i}.")
+        modules = {
+            name: wanted(shares)
+            for name, shares in groupby(units.layers[i].shares, lambda s: s.name[start:].rpartition(".")[0])
+        }
+        modules = {name: shares for name, shares in modules.items() if shares}
+        again = not backward or checkpointing
+        order, ends, markers, split = _in_order(made.stretches[stretch].events, program, modules)
+        if again:
+            yield Visit((stretch, 0), None, ())  # the layer
+            for above, names in groupby(order, lambda name: name.rpartition(".")[0]):
+                each = list(names)
+                if above:
+                    yield Visit((stretch, ends[each[0]][0]), None, ())
+                for name in each:
+                    yield Visit((stretch, ends[name][0]), None if backward else (stretch, ends[name][1]), modules[name])
+        if backward:
+            pos = split if again else 0
+            for name in reversed(order or list(modules)):
+                begin, pos = pos, max(pos, markers.get(name, pos))
+                yield Visit((stretch, begin), (stretch, pos), modules[name])
+
+    number = {s.name: i for i, s in reversed(list(enumerate(made.stretches)))}
+    outside = [*units.root.shares, *(units.embedding.shares if units.embedding else units.tail.shares)]
+    looked_up = tuple(s for s in wanted(outside) if not s.name.startswith((f"{run.architecture.output.name}.",)))
+    yield Visit((0, 0), None, ())  # the model
+    yield Visit((0, 0), (places.get("embedded", 1), 0), looked_up)
+    for i in range(len(units.layers)):
+        yield from of_layer(i, number[f"forward, layer {i}"], backward=False)
+    head = wanted(units.tail.shares)
+    yield Visit(at("head", "loss, forward"), at("logits", "loss, backward"), head)
+    yield Visit(at("logits, backward", "loss, backward"), at("head, backward", "loss, backward"), head)
+    for i in reversed(range(len(units.layers))):
+        if made.runs[i]:
+            yield from of_layer(i, number[f"backward, layer {i}"], backward=True)
+    if run.settings.method == "full" or checkpointing:  # which wants a gradient of what the embedding gives
+        yield Visit((places["backward, embeddings"], 0), after(len(made.stretches) - 1), looked_up)
+
+
+def _in_order(
+    events: Sequence[int], program: Program, modules: Collection[str]
+) -> tuple[list[str], dict[str, tuple[int, int]], dict[str, int], int]:
+    """Of a layer's events: its modules in the order in which they first run, where each of those runs begins and ends,
+    where each one's last gradient is made, and where the first gradient of all is.
+
+    Modules without events of their own begin with the layer.
+    """
+    ends: dict[str, tuple[int, int]] = {}
+    markers: dict[str, int] = {}
+    split = len(events)
+    position = 0
+    for scope, run in groupby(events, lambda e: "" if e & 1 else program.scopes[e >> 1]):
+        begin, position = position, position + sum(1 for _ in run)
+        if scope in modules:
+            ends.setdefault(scope, (begin, position))
+        elif (module := scope.rpartition(".")[0]) in modules and scope:
+            markers[module] = position
+            split = min(split, begin)
+    order = [*(name for name in modules if name not in ends), *ends]
+    return order, dict.fromkeys(modules, (0, 0)) | ends, markers, split
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Weights that one all-gather brings: the buffer, and for several what each is copied out to."""
+
+    flat: int
+    copies: dict[str, int]
+    awaited: set[str] = field(default_factory=set)
+    copied: bool = False
+
+
+class Coordinator:
+    """PartitionedParameterCoordinator: fetches what a module needs and some of what comes next, lets go what can wait.
+
+    It knows the order of a whole micro-step (from the third on, as DeepSpeed does; the first two are played alike).
+    Weights that are gathered together come in one buffer, which is there until the last of them has been waited for;
+    one that is gathered alone stays in it.
+    """
+
+    def __init__(self, program: Program, ranks: int) -> None:
+        self.program, self.ranks = program, ranks
+        self.events: dict[int, dict[int, list[int]]] = {}
+        self.groups: dict[str, _Group] = {}  # in flight, by weight
+        self.held: dict[str, int] = {}  # what holds each weight that is whole
+        self.live = 0  # elements that are whole or under way
+
+    def play(self, visits: Sequence[Visit]) -> dict[int, dict[int, list[int]]]:
+        """What is allocated and freed before each place: by stretch, then by position."""
+        self.queue = deque((share, number) for number, visit in enumerate(visits) for share in visit.weights)
+        self.fetched_for: dict[str, int] = {}
+        busy: dict[str, int] = {}
+        for number, visit in enumerate(visits):
+            self._fetch(visit, number)
+            for share in visit.weights:
+                busy[share.name] = busy.get(share.name, 0) + 1
+            if visit.end is None:  # the weights stay for the backward that follows at once
+                for share in visit.weights:
+                    busy[share.name] -= 1
+                continue
+            soon = self._soon(visits, number + 1)
+            for share in visit.weights:
+                busy[share.name] -= 1
+                later = self.fetched_for.get(share.name, -1) > number
+                if share.name in self.held and not busy[share.name] and share.name not in soon and not later:
+                    self._at(visit.end, [2 * self.held.pop(share.name) + 1])
+                    self.live -= prod(share.shape)
+        if visits and self.held:
+            end = visits[-1].end or visits[-1].begin
+            self._at(end, [2 * i + 1 for i in self.held.values()])
+        return self.events
+
+    def _soon(self, visits: Sequence[Visit], number: int) -> set[str]:
+        """Weights of the visits from `number` on that come before 1,000,000,000 elements have passed."""
+        found: set[str] = set()
+        passed = 0
+        for visit in visits[number:]:
+            if passed >= REUSED:
+                break
+            for share in visit.weights:
+                found.add(share.name)
+                passed += prod(share.shape)
+        return found
+
+    def _at(self, place: Place, events: list[int]) -> None:
+        self.events.setdefault(place[0], {}).setdefault(place[1], []).extend(events)
+
+    def _fetch(self, visit: Visit, number: int) -> None:
+        self._gather([s for s in visit.weights if s.name not in self.held and s.name not in self.groups], visit.begin)
+        for share in visit.weights:
+            if share.name in self.groups:
+                self._wait(share, visit.begin)
+        expected = {s.name for s in visit.weights if self.fetched_for.get(s.name, -1) < number}
+        passed: set[str] = set()
+        while self.queue and len(passed) < len(expected):
+            share, at = self.queue.popleft()
+            self.fetched_for[share.name] = at
+            passed.add(share.name)
+        most = min(LIVE - self.live, PREFETCHED)
+        ahead: dict[str, Share] = {}
+        numel = 0
+        while self.queue and numel < most:
+            share, at = self.queue.popleft()
+            self.fetched_for[share.name] = max(at, self.fetched_for.get(share.name, -1))
+            if share.name not in self.held and share.name not in self.groups and share.name not in ahead:
+                ahead[share.name] = share
+                numel += prod(share.shape)
+        self._gather(list(ahead.values()), visit.begin)
+
+    def _gather(self, shares: Sequence[Share], place: Place) -> None:
+        if not shares:
+            return
+        new = self.program.new
+        padded = sum(-(-prod(s.shape) // self.ranks) * self.ranks * ITEMSIZE[s.gathered] for s in shares)
+        flat = new(padded, "weights, gathered", GATHERED, shares[0].name, COPY_IN)
+        copies: dict[str, int] = {}
+        if len(shares) > 1:
+            for s in shares:
+                nbytes = prod(s.shape) * ITEMSIZE[s.gathered]
+                copies[s.name] = new(nbytes, "weight, gathered", GATHERED, s.name, COPY_IN)
+        group = _Group(flat, copies, {s.name for s in shares})
+        self.groups |= {s.name: group for s in shares}
+        self.live += sum(prod(s.shape) for s in shares)
+        self._at(place, [2 * flat])
+
+    def _wait(self, share: Share, place: Place) -> None:
+        group = self.groups.pop(share.name)
+        if not group.copies:
+            self.held[share.name] = group.flat
+            return
+        if not group.copied:
+            group.copied = True
+            self.held |= group.copies
+            self._at(place, [2 * i for i in group.copies.values()])
+        group.awaited.discard(share.name)
+        if not group.awaited:
+            self._at(place, [2 * group.flat + 1])

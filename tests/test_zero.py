@@ -1,0 +1,192 @@
+"""DeepSpeed's ZeRO: parts, buckets and fetches by hand, and what its own code allocates (record_deepspeed.py)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import pytest
+from record_deepspeed import CONFIG, FILE, RANKS, SEQ_LEN
+from test_sharding import TINY, run_of
+
+from vramplan import plan
+from vramplan.planner import zero
+from vramplan.planner.run import Program, alive
+from vramplan.planner.sharding import Share
+from vramplan.planner.zero import LIVE, PREFETCHED, Coordinator, Visit, with_hooks
+from vramplan.probes import compare
+
+# ------------------------------------------------------------------------------------------------------------ ZeRO 1, 2
+
+
+def test_the_parts_of_zero() -> None:
+    run = run_of(TINY, method="full", parallel="zero1", num_gpus=4)
+    # with decay: both tables and the layers' matrices; without: 5 norms of 64
+    matrices = 2 * 129 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 97 * 64)
+    assert matrices % 8 == 0
+    assert [p.shape for p in run.parameters] == [(matrices // 4,), (5 * 64 // 4,)]
+    assert {p.dtype for p in run.parameters} == {"fp32"}
+
+
+def test_what_zero_holds_between_steps() -> None:
+    run = run_of(TINY, method="full", parallel="zero2", num_gpus=2)
+    before = [e for stretch in run.loading for e in stretch.events]
+    step = [e for stretch in run.step(0) for e in stretch.events]
+    program, total = run.program, sum(p.numel for p in run.trained)
+    held: dict[str, int] = {}
+    for i in alive([*before, *step]):
+        held[program.parts[i]] = held.get(program.parts[i], 0) + program.sizes[i]
+    assert total % 4 == 0
+    assert held["weights"] == 2 * total + 2 * 4 * 8  # bf16, and two tables of frequencies
+    assert held["master weights"] == 4 * total // 2
+    assert held["optimizer states"] == 8 * total // 2 + 2 * 4  # and a step for each group
+
+
+@pytest.mark.parametrize(("parallel", "times"), [("zero1", 1), ("zero2", 3)])
+def test_the_first_gradient_makes_the_bucket(parallel: str, times: int) -> None:
+    """Stage 2 lets it go with each micro-step, stage 1 with the last of three."""
+    run = run_of(TINY, method="lora", parallel=parallel, gradient_accumulation_steps=3)
+    made = run.step(0)
+    bucket = next(i for i, label in enumerate(run.program.labels) if label == "bucket of gradients")
+    assert run.program.sizes[bucket] == 10**9
+    at = [stretch.name for stretch in made for e in stretch.events if e >> 1 == bucket]
+    assert at == ["backward, layer 1", "backward, embeddings"] * times  # the head's weight has no gradient
+
+
+@pytest.mark.parametrize(("parallel", "whole"), [("zero1", True), ("zero2", False)])
+def test_stage_1_keeps_whole_gradients_until_backward_is_done(parallel: str, whole: bool) -> None:
+    run = run_of(TINY, method="full", parallel=parallel)
+    events: list[int] = []
+    for stretch in run.step(0):
+        if stretch.name == "backward, embeddings":
+            break
+        events += stretch.events
+    there = sum(run.program.sizes[g] for g in alive(events) & set(run.first_micro_step.grads))
+    matrix = 2 * 129 * 64  # the embedding's gradient is still to come
+    assert there == (2 * sum(p.numel for p in run.trained) - matrix if whole else 0)
+
+
+def test_the_rank_that_keeps_the_most_is_played() -> None:
+    """Two ranks of a small model: the second one has the last layer, the head, and most of what is cut in two."""
+    run = run_of(TINY, method="full", parallel="zero2")
+    sharing = run.sharing
+    assert isinstance(sharing, zero.Zero)
+    matrices, norms = sharing.groups(run)
+    part = sharing.part(matrices)
+    starts = list(accumulate((p.numel for p in matrices), initial=0))
+    of_rank = [
+        [p for p, start in zip(matrices, starts, strict=False) if start < end and start + p.numel > end - part]
+        for end in (part, 2 * part)
+    ]
+    most = max(sum(p.numel for p in each) for each in of_rank)
+    touched = sharing.touched(run)
+    assert sum(p.numel for p, _ in touched if p in matrices) == most
+    assert sum(numel for p, numel in touched if p in matrices) == min(part, sum(p.numel for p in matrices) - part)
+    assert {p.numel for p in norms} == {64}
+
+
+def test_a_hook_runs_once_the_node_is_done() -> None:
+    program = Program()
+    weight, into, other = (program.new(8, label, "") for label in ("gradient", "gradient of an input", "product"))
+    events = [2 * weight, 2 * into, 2 * other, 2 * other + 1]
+    found = with_hooks(events, program, {weight}, lambda g: [2 * g + 1], {3: [99]})
+    assert found == [2 * weight, 2 * into, 2 * weight + 1, 2 * other, 99, 2 * other + 1]
+
+
+# --------------------------------------------------------------------------------------------------------------- ZeRO 3
+
+
+def weight(name: str, numel: int) -> Share:
+    return Share(name, (numel,), "bf16", "bf16", False)
+
+
+def fetched(*visits: tuple[str, ...], sizes: dict[str, int]) -> list[tuple[int, str, int]]:
+    """What a coordinator of two ranks allocates (1) and frees (-1) before each visit: (visit, name, bytes)."""
+    program = Program()
+    made = [
+        Visit((0, at), (0, at + 1), tuple(weight(name, sizes[name]) for name in names))
+        for at, names in enumerate(visits)
+    ]
+    events = Coordinator(program, 2).play(made)[0]
+    return [
+        (at, program.scopes[e >> 1], (-1 if e & 1 else 1) * program.sizes[e >> 1])
+        for at in sorted(events)
+        for e in events[at]
+    ]
+
+
+def test_a_weight_that_comes_alone_stays_where_it_was_gathered() -> None:
+    million = 1_000_000
+    large = 60 * million  # more than is fetched ahead at once
+    assert fetched(("a",), ("b",), sizes={"a": large, "b": large}) == [
+        (0, "a", 2 * large),
+        (0, "b", 2 * large),  # ahead
+        (1, "a", -2 * large),
+        (2, "b", -2 * large),
+    ]
+
+
+def test_weights_that_come_together_are_copied_out_of_one_buffer() -> None:
+    million = 1_000_000
+    found = fetched((), ("a",), ("b",), sizes={"a": million, "b": 3 * million + 1})
+    assert found == [
+        (0, "a", 2 * (million + 3 * million + 2)),  # padded to two ranks
+        (1, "a", 2 * million),
+        (1, "b", 2 * (3 * million + 1)),
+        (2, "a", -2 * million),
+        (2, "a", -2 * (4 * million + 2)),  # the buffer, once the last one has been waited for
+        (3, "b", -2 * (3 * million + 1)),
+    ]
+
+
+def test_a_weight_that_is_used_again_soon_stays() -> None:
+    million = 1_000_000
+    again = fetched(("a",), ("b",), ("a",), sizes={"a": million, "b": million})
+    assert [each for each in again if each[1] == "a" and abs(each[2]) == 2 * million] == [
+        (0, "a", 2 * million), (3, "a", -2 * million),
+    ]  # fmt: skip
+    billion = fetched(("a",), ("b",), ("c",), ("a",), sizes={"a": million, "b": 600 * million, "c": 600 * million})
+    assert [at for at, name, nbytes in billion if name == "a" and nbytes == -2 * million] == [1, 4]
+
+
+def test_no_more_than_so_many_elements_are_whole_at_once() -> None:
+    names = [str(number) for number in range(60)]
+    sizes = dict.fromkeys(names, PREFETCHED)
+    held, most = 0, 0
+    before = [()] * 30  # modules without weights, at each of which some more is fetched ahead
+    for _, _, nbytes in fetched(*before, *((name,) for name in names), sizes=sizes):
+        held += nbytes
+        most = max(most, held)
+    assert most == 2 * LIVE
+
+
+def test_small_weights_are_always_whole() -> None:
+    run = run_of(TINY, method="full", parallel="zero3")  # none has more than 100,000 elements
+    step = [e for stretch in run.step(0) for e in stretch.events]
+    assert not [e for e in step if run.program.parts[e >> 1] == "gathered weights"]
+    loaded = alive(e for stretch in run.loading for e in stretch.events)
+    whole = [run.program.sizes[i] for i in loaded if run.program.labels[i] == "weight, always whole"]
+    assert sum(whole) == 2 * sum(p.numel for p in run.trained)
+
+
+# ------------------------------------------------------------------------------------------------------- DeepSpeed itself
+
+
+def recorded() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(gzip.decompress(FILE.read_bytes()))
+    return found
+
+
+@pytest.mark.parametrize("seen", recorded(), ids=lambda seen: "-".join(map(str, seen["case"].values())))
+def test_a_step_is_planned_as_deepspeed_allocates(seen: dict[str, Any]) -> None:
+    """What is held before a step, and the most until its gradients are there: after that the CPU's AdamW differs."""
+    made = plan(CONFIG, seq_len=SEQ_LEN, num_gpus=RANKS, **seen["case"])
+    made = replace(made, device=replace(made.device, workspace_bytes=0))
+    ours = compare.of_plan(made, 1)
+    update = next(at for at, name in ours.phases if name == "gradient clipping")
+    held = list(accumulate(seen["events"][: seen["update"]], initial=seen["start_bytes"]))
+    assert ours.start_bytes == pytest.approx(seen["start_bytes"], abs=20_000)
+    assert max(ours.held()[: update + 1]) == pytest.approx(max(held), abs=20_000)
