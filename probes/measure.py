@@ -133,9 +133,12 @@ def _train(case: dict[str, Any], note: Marks) -> dict[str, Any]:
     options = made.options
     with tempfile.TemporaryDirectory(prefix="vramplan-") as folder:
         arguments: Any = workload.training_arguments(options, folder, case["steps"])
-        if options.parallel.startswith("zero"):
+        zero, quantised = options.parallel.startswith("zero"), options.method == "qlora"
+        if zero and not quantised:
             arguments = workload.deepspeed_arguments(options, arguments)
         model = workload.load(case["config"], options)
+        if zero and quantised:  # transformers partitions no model that it quantises
+            arguments = workload.deepspeed_arguments(options, arguments)
         note.mark("loaded")
         lora = workload.lora_config(options, made.counts)
         model = workload.adapt(model, options, lora)

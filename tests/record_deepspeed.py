@@ -56,8 +56,8 @@ def record(case: dict[str, Any], file: str) -> None:
     """Trains two steps, and writes the second one's events."""
     rank = 0 if case["parallel"] == "zero3" else RANKS - 1
     os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     }  # fmt: skip
     import deepspeed
     import torch

@@ -172,7 +172,7 @@ def test_small_weights_are_always_whole() -> None:
     assert sum(whole) == 2 * sum(p.numel for p in run.trained)
 
 
-# ------------------------------------------------------------------------------------------------------- DeepSpeed itself
+# ----------------------------------------------------------------------------------------------------- DeepSpeed itself
 
 
 def recorded() -> list[dict[str, Any]]:
