@@ -221,7 +221,7 @@ class Allocator:
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """Highest `reserved_bytes` since `reset_peaks`."""
+        """Highest `reserved_bytes` since `reset_peaks`; of several streams, those of all."""
         return self._peak_reserved * _UNIT
 
     @property
@@ -243,7 +243,7 @@ class Allocator:
         """Peaks start again from what is there now (torch.cuda.reset_peak_memory_stats)."""
         self._peak_allocated = self._allocated
         self._peak_requested = self._requested
-        self._peak_reserved = self._reserved
+        self._peak_reserved = self._reserved_by_all
         self._at = self._peak_reserved_event = -1
 
     def empty_cache(self) -> None:
@@ -426,8 +426,9 @@ class Allocator:
 
     def _reserve(self, length: int) -> None:
         self._reserved += length
-        if self._reserved > self._peak_reserved:
-            self._peak_reserved, self._peak_reserved_event = self._reserved, self._at
+        reserved = self._reserved_by_all
+        if reserved > self._peak_reserved:
+            self._peak_reserved, self._peak_reserved_event = reserved, self._at
 
     def _put(self, pool: list[int], start: int, end: int) -> int:
         """Adds a free block without looking at its neighbours."""
@@ -579,6 +580,7 @@ class Streams:
         for start, end in zip([0, *changes], [*changes, len(events)], strict=True):
             one = self._each[stream_of[start] if events else 0]
             rest = [total - own for total, own in zip(self._sums(), _sums_of(one), strict=True)]
+            rest[1] = 0  # the peak of what is reserved is that of all streams
             result = one.replay(events[start:end], sizes)
             found = (
                 (result.peak_allocated_bytes, result.peak_allocated_event),

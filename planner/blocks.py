@@ -48,6 +48,7 @@ class Settings:
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
     mode: Literal["training", "evaluation", "generation"] = "training"
     past: int = 0  # tokens of each row that the cache holds: seq is what comes to them
+    saves_inputs: bool = False  # linear layers save their input, whether or not their weight is trained
 
     @property
     def frozen_dtype(self) -> str:
@@ -57,7 +58,9 @@ class Settings:
     @property
     def tape(self) -> Tape:
         """An empty tape in the modes that a forward begins in."""
-        return Tape(self.autocast, self.multiprocessors, grad=self.mode == "training")
+        tape = Tape(self.autocast, self.multiprocessors, grad=self.mode == "training")
+        tape.saves_inputs = self.saves_inputs
+        return tape
 
 
 @dataclass(slots=True)

@@ -442,7 +442,7 @@ def linear(
             into_a = _unfolded(tape.new(a_shape, dtype, "gradient of an input"))
         return [into_a, into_m, grads[0] if needs_c else None]
 
-    kept = (a if needs_m else None, m if needs_a else None)
+    kept = (a if needs_m or tape.saves_inputs else None, m if needs_a else None)
     # the bias's gradient is summed over the rows when the engine fits it to the bias
     fits = ((a_shape, dtype), (m_shape, dtype), ((out_features,), dtype)) if needs_c else ()
     node = tape.node((a, m, c), backward, kept if biased else kept[::-1], fits=fits)

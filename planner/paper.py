@@ -43,7 +43,7 @@ class Tape:
 
     __slots__ = (
         "added", "autocast", "cache", "events", "frame", "grad", "labels", "marks", "multiprocessors", "saved",
-        "scope", "scopes", "seq", "sizes",
+        "saves_inputs", "scope", "scopes", "seq", "sizes",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +62,7 @@ class Tape:
         self.seq = 0
         self.multiprocessors = multiprocessors
         self.added: list[int] = []  # bytes of gradients that another was added to in place
+        self.saves_inputs = False  # of linear layers whose weight is not trained too (blocks.py, Settings)
         self.marks: dict[str, int] = {}  # how many events there were where a module began or ended (`mark`)
 
     def new(self, shape: Shape, dtype: str, label: str, merged: bool = False) -> Tensor:

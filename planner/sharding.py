@@ -346,9 +346,9 @@ class Fsdp:
                 ]
                 events += [2 * i for i in moved]
             for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
-                if not self.cpu_offload:
-                    part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
-                    events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
+                part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
+                shard = program.new(nbytes, f"shard, {share.dtype}", part, share.name)
+                events += [2 * shard, *([2 * shard + 1] if self.cpu_offload else [])]
             for i in moved:  # fsdp2_prepare_model has names for the embedding's and the head's weight until it returns
                 (gone if program.scopes[i] in tables else events).append(2 * i + 1)
         if run.loaded.method != "qlora":
@@ -568,9 +568,11 @@ class _Hooks:
                 self._before(behind + back + 1, self._post_backward(first + i))
         if units.embedding is not None and made.needs[0]:
             self._before(behind + n, self._pre_backward(0))
-        # _root_post_backward_final_callback, in the order of named_modules
+        # _root_post_backward_final_callback, in the order of named_modules: a shared matrix comes with the embedding
         end = len(self.stretches)
-        for i in ([len(self.order) - 1] if units.root.shares else []) + list(range(len(self.order))):
+        numbers = list(range(len(self.order)))
+        early = ([numbers[-1]] if units.root.shares else []) + ([tail] if units.embedding is None else [])
+        for i in [*early, *numbers]:
             if i not in self.done:
                 self._before(end, self._post_backward(i))
         self._before(end, [2 * i + 1 for i in self.pending.values()])
@@ -584,14 +586,21 @@ class _Hooks:
         if i in self.pending or i in self.unsharded:
             return []
         unit, new = self.order[i], self.program.new
-        cast = []
+        events: list[int] = []
+        given: list[int] = []  # what is gathered, where that is not the shards themselves
         if self.offload:  # each shard is copied to the GPU, and cast there by itself
             for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
-                cast.append(new(nbytes, "shard, copied from host memory", GATHERED, share.name, COPY_IN))
+                given.append(new(nbytes, "shard, copied from host memory", GATHERED, share.name, COPY_IN))
+                events.append(2 * given[-1])
+                if share.gathered != share.dtype:
+                    copied, low = given.pop(), nbytes // ITEMSIZE[share.dtype] * ITEMSIZE[share.gathered]
+                    given.append(new(low, "shard, cast", GATHERED, share.name, COPY_IN))
+                    events += [2 * given[-1], 2 * copied + 1]
         elif nbytes := unit.cast(self.ranks):
-            cast.append(new(nbytes, "shards, cast", GATHERED, "", COPY_IN))
+            given.append(new(nbytes, "shards, cast", GATHERED, "", COPY_IN))
+            events.append(2 * given[-1])
         out = self.pending[i] = new(sum(unit.whole(self.ranks)), "weights, gathered", GATHERED, "", COPY_IN)
-        return [*(2 * c for c in cast), 2 * out, *(2 * c + 1 for c in cast)]
+        return [*events, 2 * out, *(2 * g + 1 for g in given)]
 
     def _wait(self, i: int, *, forward: bool) -> list[int]:
         """wait_for_unshard: each weight is copied out of the buffer, which forward keeps until the next one returns."""

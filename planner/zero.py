@@ -314,7 +314,7 @@ class Zero3(Zero):
 
         engine.py, _configure_distributed_model: a model that was partitioned as it was loaded is not cast any more.
         """
-        made = replace(super().played(s), hooked=True)
+        made = replace(super().played(s), hooked=True, saves_inputs=True)  # runtime/zero/linear.py
         return replace(made, adapter_dtype=s.adapter_dtype) if s.method == "lora" else made
 
     def units(self, run: Run) -> Units:

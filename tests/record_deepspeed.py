@@ -24,6 +24,8 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }  # fmt: skip
+TIED = {**CONFIG, "tie_word_embeddings": True}
+# Options of a plan; "tied": of the model whose head shares the embedding's matrix.
 CASES: tuple[dict[str, Any], ...] = (
     {"parallel": "zero1", "method": "full"},
     {"parallel": "zero1", "method": "full", "gradient_accumulation_steps": 3},
@@ -35,7 +37,16 @@ CASES: tuple[dict[str, Any], ...] = (
     {"parallel": "zero3", "method": "full", "gradient_checkpointing": False},
     {"parallel": "zero3", "method": "lora"},
     {"parallel": "zero3", "method": "lora", "rank": 256},
+    {"parallel": "zero3", "method": "lora", "gradient_checkpointing": False},
+    {"parallel": "zero3", "method": "full", "tied": True},
+    {"parallel": "zero3", "method": "lora", "tied": True, "gradient_checkpointing": False},
 )
+
+
+def asked(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A case's config and options."""
+    options = {"seq_len": SEQ_LEN, "num_gpus": RANKS, **case}
+    return TIED if options.pop("tied", False) else CONFIG, options
 
 
 def main() -> None:
@@ -100,7 +111,8 @@ def record(case: dict[str, Any], file: str) -> None:
 
     distributed.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
     deepspeed.init_distributed("gloo")
-    made = plan(CONFIG, seq_len=SEQ_LEN, num_gpus=RANKS, **case)
+    config, given = asked(case)
+    made = plan(config, **given)
     options, accumulation = made.options, made.options.gradient_accumulation_steps
     settings = {  # what accelerate's DeepSpeedPlugin makes of its defaults
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0,
@@ -110,7 +122,7 @@ def record(case: dict[str, Any], file: str) -> None:
     kept = HfDeepSpeedConfig(settings)  # by which transformers partitions a model as it is made
     seen = Seen()
     with seen:
-        model = workload.from_config(workload.hf_config(CONFIG, options), options)
+        model = workload.from_config(workload.hf_config(config, options), options)
         model = workload.adapt(model, options, workload.lora_config(options, made.counts))
         model.train()
         model.config.use_cache = False
@@ -121,7 +133,7 @@ def record(case: dict[str, Any], file: str) -> None:
         optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-5)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         del model, optimizer, trained, groups
-        rows = workload.Rows(CONFIG["vocab_size"], options)
+        rows = workload.Rows(config["vocab_size"], options)
         marks: list[tuple[str, int]] = []
         for _ in range(3):  # ZeRO 3 knows the order of modules from the third forward on
             marks.append(("step", len(seen.events)))

@@ -292,6 +292,8 @@ def test_streams_share_one_limit_and_give_back_one_another_s_cache() -> None:
     sizes = [30 * MIB, 30 * MIB]
     assert both.replay([0, 1, 2], sizes).out_of_memory is None  # the first stream's segment goes
     assert both.retries == 1
+    again = Streams({1: 1}, 2, limit_bytes=50 * MIB).replay([0, 1, 2, 3], sizes)
+    assert (again.retries, again.peak_reserved_bytes) == (1, 30 * MIB)  # never more than the limit
     full = Streams({1: 1}, 2, limit_bytes=50 * MIB).replay([0, 2], sizes)
     assert full.out_of_memory is not None
     assert full.out_of_memory.event == 1

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
-from record_deepspeed import CONFIG, FILE, RANKS, SEQ_LEN
+from record_deepspeed import FILE, asked
 from test_sharding import TINY, run_of
 
 from vramplan import plan
@@ -183,7 +183,8 @@ def recorded() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("seen", recorded(), ids=lambda seen: "-".join(map(str, seen["case"].values())))
 def test_a_step_is_planned_as_deepspeed_allocates(seen: dict[str, Any]) -> None:
     """What is held before a step, and the most until its gradients are there: after that the CPU's AdamW differs."""
-    made = plan(CONFIG, seq_len=SEQ_LEN, num_gpus=RANKS, **seen["case"])
+    config, options = asked(seen["case"])
+    made = plan(config, **options)
     made = replace(made, device=replace(made.device, workspace_bytes=0))
     ours = compare.of_plan(made, 1)
     update = next(at for at, name in ours.phases if name == "gradient clipping")
