@@ -188,6 +188,16 @@ def test_autocast_is_cudas_inside_and_the_cpus_again_outside() -> None:
         assert norm(x).dtype == torch.bfloat16
 
 
+def test_autocast_on_cuda_leaves_what_is_concatenated() -> None:
+    with watched() as seen:
+        wide, narrow = torch.empty(4, 8), torch.empty(4, 8, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            both = torch.cat([wide, narrow])
+            assert both.dtype == torch.float32
+        del both, wide, narrow
+    assert sizes(seen) == [128, 64, 256, -256, -128, -64]  # the CPU's own would make a float32 copy of the second
+
+
 def test_what_is_imported_meanwhile_stays_and_the_stand_ins_go() -> None:
     sys.modules.pop("colorsys", None)
     with watched():
