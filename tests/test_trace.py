@@ -52,8 +52,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "lora", **_KEPT, **_EAGER, **_FP16},
 )
 
-# Softmax in the scores' dtype, a float mask that autocast casts, one head of k and v repeated for the math kernel.
-BESIDE = [("gpt2", 0, 9), ("falcon", 3, 9), ("falcon", 3, 0), ("gpt_bigcode", 0, 5)]
+# Softmax in the scores' dtype, a float mask that autocast casts, one head of k and v repeated for the math kernel;
+# gptj with sdpa, checkpointed and masked, and with heads that are turned in float32.
+BESIDE = [("gpt2", 0, 9), ("falcon", 3, 9), ("falcon", 3, 0), ("gpt_bigcode", 0, 5), ("gptj", 0, 3), ("gptj", 1, 6)]
 
 
 def grid() -> list[tuple[str, int, int]]:
