@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vramplan.planner import blocks, cache, ops, paper
 from vramplan.planner.paper import Node, Tensor
+from vramplan.planner.versions import GPTJ_BY_LAYER
 
 if TYPE_CHECKING:
     from vramplan.planner.blocks import Held, Settings, Shared
@@ -175,8 +176,8 @@ def prepare(tape: Tape, architecture: Architecture, s: Settings, dtype: str) -> 
         if mask is not None:
             shared.masks["sliding_attention"] = mask
     rotated = {blocks.layer_type(x.attention): x.attention for x in architecture.kinds if x.attention.rotary_dim}
-    if family == "gptj":
-        rotated = {}  # each layer looks them up for itself
+    if architecture.kinds[0].family == GPTJ_BY_LAYER:
+        rotated = {}
     elif family == "falcon" and not rotated:
         rotated = {"no layer": replace(a, rotary_dim=a.head_dim)}  # made beside alibi too
     tape.scope = "rotary_emb"
@@ -262,9 +263,16 @@ def _and(tape: Tape, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 
 
 def rotary_tables(tape: Tape, a: Attention, s: Settings, dtype: str) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position: angles, doubled, in float32, then cast to the embeddings' dtype."""
+    """cos and sin for every position: angles, doubled, in float32, then cast to the embeddings' dtype.
+
+    gptj looks them up, side by side.
+    """
     rows = s.batch if s.mode == "generation" else 1  # position_ids come for each row
     dim = a.rotary_dim // 2 if a.rope == "gpt_oss" else a.rotary_dim
+    if a.rope == "gptj":
+        both = tape.new((rows, s.seq, dim), "fp32", "sines and cosines")
+        both = ops.to(tape, both, dtype, "sines and cosines, cast")
+        return both, both
     if a.rope in ("olmo", "ernie4_5"):
         dtype = "fp32"
     if a.rope == "deepseek_v2":  # torch.polar: complex numbers of 8 bytes, scaled

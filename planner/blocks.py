@@ -15,6 +15,7 @@ from vramplan.planner import attention as kernels
 from vramplan.planner.layers import Mlp
 from vramplan.planner.paper import H200, Multiprocessors, Parameter, Tape, Tensor
 from vramplan.planner.rotary import rotate
+from vramplan.planner.versions import GPTJ_BY_LAYER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,7 @@ class Settings:
     multiprocessors: Multiprocessors = H200
     torch: tuple[int, int] = (2, 11)  # the version whose rules are played
     hooked: bool = False  # fully_shard's hooks run where modules begin and end
+    keeps_wide: bool = True  # weights that are float32 in any model are computed with as such
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
     mode: Literal["training", "evaluation", "generation"] = "training"
     past: int = 0  # tokens of each row that the cache holds: seq is what comes to them
@@ -114,6 +116,7 @@ def hold(
                 made[weight.name] = held.others[tied]["weight"]
                 continue
             dtype = s.weights_dtype if full else s.frozen_dtype
+            dtype = weight.dtype(dtype) if s.keeps_wide else dtype
             made[weight.name] = Parameter(f"{module.name}.{weight.name}", weight.shape, dtype, full)
             if full:
                 held.parameters.append(made[weight.name])
@@ -534,9 +537,14 @@ def _latent_attention(
 
 
 # Families whose attention drops its own output; elsewhere the layer does.
-_DROPS_INSIDE = frozenset({"gpt2", "gpt_bigcode", "gptj", "seed_oss", "starcoder2"})
-# Families whose attention is written out in their class, without transformers' attention interface.
-_ATTENTION = {"falcon": older_attention.falcon, "gptj": older_attention.gptj, "mpt": older_attention.mpt}
+_DROPS_INSIDE = frozenset({"gpt2", "gpt_bigcode", "gptj", GPTJ_BY_LAYER, "seed_oss", "starcoder2"})
+# Families whose attention is a function of its own.
+_ATTENTION = {
+    "falcon": older_attention.falcon,
+    "gptj": older_attention.gptj,
+    GPTJ_BY_LAYER: older_attention.gptj_by_layer,
+    "mpt": older_attention.mpt,
+}
 
 
 def _separate(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> _Heads:
@@ -687,7 +695,7 @@ def _parallel_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings
     given = [_norm(tape, x, layer.attention_norm, held)]
     second = given[0] if layer.mlp_norm == layer.attention_norm else None
     attended, _weights = self_attention(tape, given.pop(), layer, held, s, shared)
-    if layer.family == "gptj":
+    if layer.family == GPTJ_BY_LAYER:
         _return(tape, _weights, shared)
     if layer.family not in _DROPS_INSIDE:
         attended = ops.dropout(tape, attended, layer.attention.output_dropout)

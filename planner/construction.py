@@ -39,9 +39,9 @@ def embedding(name: str, rows: int, columns: int, role: Role = "token_embedding"
     return Module(name, "embedding", role, (Weight("weight", (rows, columns)),))
 
 
-def bare(name: str, kind: Kind, role: Role, **shapes: tuple[int, ...]) -> Module:
+def bare(name: str, kind: Kind, role: Role, wide: bool = False, /, **shapes: tuple[int, ...]) -> Module:
     """A module that holds bare parameters."""
-    return Module(name, kind, role, tuple(Weight(key, shape) for key, shape in shapes.items()))
+    return Module(name, kind, role, tuple(Weight(key, shape, wide) for key, shape in shapes.items()))
 
 
 def head_sizes(config: Config, hidden: int, *, own_head_dim: bool, whole: bool = False) -> tuple[int, int, int]:

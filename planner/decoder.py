@@ -40,6 +40,7 @@ class Experts:
     router_bias: bool = False
     router_linear: bool = False  # a subclass of nn.Linear instead of a module with a bare weight
     router_first: bool = True
+    wide_router: bool = False  # its weight is float32 in a model of any dtype
     expert_bias: bool = False
     transposed: bool = False  # experts as (E, in, out) instead of (E, out, in)
     count: str = "num_local_experts"
@@ -309,7 +310,7 @@ class Decoder:
             }
         router, experts = f"{how.path}.{how.router}", f"{how.path}.experts"
         modules = [
-            bare(router, "router", "router", **router_shapes),
+            bare(router, "router", "router", how.wide_router, **router_shapes),
             bare(experts, "experts", "experts", **expert_shapes),
         ]
         if how.router_linear:

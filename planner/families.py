@@ -1,7 +1,8 @@
 """The register of model families: what each builds, said by how it differs from Llama.
 
 A family's line says how it differs from Llama; those from before Llama have a builder each. All were read from
-transformers 5.23's modeling code, and tests compare every name, shape and order with it (5.17 is the same).
+transformers 5.24's modeling code, and tests compare every name, shape and order with it (5.17 has the same; what else
+it builds otherwise is in versions.py).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ _GRANITE: dict[str, Any] = {"embedding_scale": True, "logit_scale": True, "scale
 _GRANITE_EXPERTS = Experts(path="block_sparse_moe", router="router")
 _DEEPSEEK_EXPERTS = Experts(
     router_first=False,
+    wide_router=True,
     count="n_routed_experts",
     width="moe_intermediate_size",
     shared="mlp.shared_experts",

@@ -5,7 +5,7 @@ is missing. `remarks` are keys that change memory in a way no plan shows, refuse
 tables/config_keys.json.
 
 Read from axolotl 0.19 (utils/schemas, loaders/model.py, core/builders), LLaMA-Factory 0.9.5 (hparams, model/adapter.py,
-model_utils), trl 1.16 (SFTConfig, ModelConfig, scripts/sft.py), transformers 5.23 (TrainingArguments) and peft 0.21
+model_utils), trl 1.16 (SFTConfig, ModelConfig, scripts/sft.py), transformers 5.24 (TrainingArguments) and peft 0.21
 (LoraConfig, utils/constants.py).
 """
 
@@ -193,9 +193,15 @@ def _setting(key: str, name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda values: isinstance(values.get(key), dict) and is_on(values[key].get(name))
 
 
+def _every_nth(key: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether the mapping under `key` checkpoints only some layers."""
+    return lambda values: isinstance(values.get(key), dict) and values[key].get("every_n_layers") not in (None, 1)
+
+
 _REENTRANT = (
     "re-entrant checkpoints run a layer again to its end; planned are the others, which stop where backward has all"
 )
+_IN_HOST_MEMORY = "activations in host memory cannot be planned"
 _EVALUATION = "evaluation is not part of the plan, only training steps are"
 _PACKED = "rows are packed: planned as full rows without padding, each attended to as one"
 _SEVERAL = "how it shares a run among GPUs is not read; say that by --num-gpus and --parallel"
@@ -217,6 +223,8 @@ _HF_REMARKS = (
         for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
         for remark in (
             _refused(key, "in selective checkpointing a layer keeps some activations", _setting(key, "selective")),
+            _refused(key, "the layers that are not checkpointed keep their activations", _every_nth(key)),
+            _refused(key, _IN_HOST_MEMORY, _setting(key, "offload")),
             _noted(key, _REENTRANT, _setting(key, "use_reentrant")),
         )
     ),
@@ -316,7 +324,7 @@ TRANSFORMERS = Framework(
 # ------------------------------------------------------------------------------------------------------------------ trl
 
 _SFT_REMARKS = (
-    _refused("activation_offloading", "activations in host memory cannot be planned"),
+    _refused("activation_offloading", _IN_HOST_MEMORY),
     _refused("loss_type", _LOSS, lambda values: values.get("loss_type") not in (None, "nll")),
     _noted("packing padding_free", _PACKED),
     _noted("router_aux_loss_coef", "the loss of the router is not planned"),

@@ -31,15 +31,23 @@ Role = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter: its name within its module ("weight", "bias", "gate_up_proj") and its shape."""
+    """One parameter: its name within its module ("weight", "bias", "gate_up_proj") and its shape.
+
+    `wide`: it is float32 whatever the model is loaded in (transformers, _keep_in_fp32_modules_strict).
+    """
 
     name: str
     shape: tuple[int, ...]
+    wide: bool = False
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def dtype(self, model: str) -> str:
+        """The dtype that it has in a model that is loaded in `model`."""
+        return "fp32" if self.wide else model
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ class Attention:
 
     `qk_norm_over`: "head" normalises each head by itself, "all" all heads of q (or k) together.
     `interleaved`: in a fused qkv each key-value head lies beside its queries (falcon's new architecture). `positions`:
-    rows of the table of sines and cosines that every layer keeps for itself (gptj), or of the model's alibi (mpt).
+    rows of the table of sines and cosines (gptj), or of the alibi (mpt).
     `dropout` is on the probabilities, `output_dropout` on the branch's output before the residual is added.
     """
 
@@ -199,7 +207,7 @@ class Layer:
     added. `post_norm_residual` (opt-350m) applies attention_norm and mlp_norm after the residual addition instead.
     `parallel`: attention and MLP read the same residual and are added together; where both norm names are equal, the
     norm runs once. `scaled_residual`: each branch is multiplied by a scalar before the addition. `family` is the
-    model type whose code runs the layer.
+    model type whose code runs the layer; where an older transformers' does, versions.py names it.
     """
 
     modules: tuple[Module, ...]
@@ -235,8 +243,7 @@ class Architecture:
     order in which they run, `before` and `after` in the order in which transformers registers them around the layers.
     `output` is the head as a module; it holds no weight of its own when `tied` (see `head`). `assumed` names the
     fields that the config left to transformers' defaults and that set a size or switch something on.
-    `attention_implementations` are those that transformers 5.23 offers for this class (5.17 offers sdpa for gemma2 too,
-    without its softcapping).
+    `attention_implementations` are those that transformers 5.24 offers for this class.
     """
 
     model_type: str

@@ -18,6 +18,7 @@ from vramplan.planner.allocator import block_bytes
 from vramplan.planner.around import SCALED_EMBEDDING, TABLES_BY_TYPE
 from vramplan.planner.blocks import layer_type
 from vramplan.planner.paper import ITEMSIZE
+from vramplan.planner.versions import GPTJ_BY_LAYER
 
 if TYPE_CHECKING:
     from vramplan.planner.layers import Architecture, Module
@@ -50,7 +51,7 @@ def nf4_tensors(numel: int, double_quant: bool) -> list[tuple[str, int]]:
 def held_bytes(run: Run) -> int:
     """What `play` and the first forward leave, in the allocator's 512-byte blocks, without playing them."""
     a, s = run.architecture, run.settings
-    itemsize, cast = ITEMSIZE[s.frozen_dtype], ITEMSIZE[s.compute_dtype]
+    cast = ITEMSIZE[s.compute_dtype]
     groups: list[tuple[tuple[Module, ...], frozenset[str], int]] = [(a.outside, run.quantised_outside, 1)]
     for (kind, _, quantised), n in Counter(run.signatures).items():
         groups.append((a.kinds[kind].modules, quantised, n))
@@ -61,7 +62,8 @@ def held_bytes(run: Run) -> int:
                 if module.name in quantised and weight.name == "weight":
                     total += n * sum(block_bytes(size) for _, size in nf4_tensors(weight.numel, s.double_quant))
                 else:
-                    total += n * block_bytes(weight.numel * (cast if module.name in quantised else itemsize))
+                    itemsize = cast if module.name in quantised else ITEMSIZE[weight.dtype(s.frozen_dtype)]
+                    total += n * block_bytes(weight.numel * itemsize)
     total += sum(block_bytes(size) for _, size in buffers(a))
     if s.method != "full":
         total += sum(block_bytes(p.numel * ITEMSIZE[p.dtype]) for p in run.parameters)
@@ -71,15 +73,17 @@ def held_bytes(run: Run) -> int:
 def buffers(a: Architecture) -> list[tuple[str, int]]:
     """What modules hold beside weights, float32: inv_freq and original_inv_freq, for each type of layer if they differ.
 
-    gptj's layers keep sines and cosines of every position instead; a scaled embedding keeps its scale. gpt_bigcode's
-    model keeps a causal mask of all its positions (GPTBigCodeModel.__init__, bias: bool), which nothing reads any more.
+    gptj keeps sines and cosines of every position instead, before transformers 5.24 in each layer; a scaled embedding
+    keeps its scale. gpt_bigcode's model keeps a causal mask of all its positions, which nothing reads any more
+    (GPTBigCodeModel.__init__, bias: bool).
     """
     if a.model_type == "gpt_bigcode":
         positions = next(m for m in a.embeddings if m.role == "position_embedding").in_features
         return [("causal mask of every position", positions**2)]
     if a.model_type == "gptj":
-        attentions = [a.kinds[kind].attention for kind in a.order]
-        return [("rotary table", 4 * attention.positions * attention.rotary_dim) for attention in attentions]
+        attention, family = a.kinds[0].attention, a.kinds[0].family
+        table = ("rotary table", 4 * attention.positions * attention.rotary_dim)
+        return [table] * (a.num_hidden_layers if family == GPTJ_BY_LAYER else 1)
     dims = {layer_type(layer.attention): layer.attention.rotary_dim for layer in a.kinds}
     each = list(dims.values()) if a.model_type in TABLES_BY_TYPE else [max(dims.values())]
     found = [("rotary frequencies", 4 * (dim // 2)) for dim in each if dim for _ in range(2)]
@@ -107,7 +111,8 @@ def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stret
     if checkpoint:
         weights.sort(key=lambda each: _natural(f"{each[0]}.{each[3].name}"))
         halves = sum(
-            weight.numel * (1 if narrow(module, layer) and weight.name == "weight" else 2 * itemsize)
+            weight.numel
+            * (1 if narrow(module, layer) and weight.name == "weight" else 2 * ITEMSIZE[weight.dtype(s.weights_dtype)])
             for _, module, layer, weight in weights
         )
         whole = program.new(halves // 2, "room for all weights", "")
@@ -119,9 +124,11 @@ def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stret
             events += _quantise(run, weight.numel, itemsize, name, first, drawn=not checkpoint)
             first = False
         else:
-            made = program.new(weight.numel * itemsize, f"weight, {s.weights_dtype}", "weights", name)
+            dtype = weight.dtype(s.weights_dtype)
+            nbytes = weight.numel * ITEMSIZE[dtype]
+            made = program.new(nbytes, f"weight, {dtype}", "weights", name)
             if s.method == "qlora" and not checkpoint:
-                drawn = program.new(weight.numel * itemsize, "weight as drawn", "", name)
+                drawn = program.new(nbytes, "weight as drawn", "", name)
                 events += (2 * drawn, 2 * made, 2 * drawn + 1)
             else:
                 events.append(2 * made)
@@ -134,6 +141,8 @@ def play(run: Run, *, checkpoint: bool = False) -> tuple[Stretch, Stretch, Stret
     events = []
     if s.frozen_dtype != s.weights_dtype:
         for i, (old, numel) in enumerate(plain):
+            if program.sizes[old] == 4 * numel:  # float32 already
+                continue
             label = "weight, cast to float32 by prepare_model_for_kbit_training"
             made = program.new(4 * numel, label, "weights", program.scopes[old])
             events += (2 * made, 2 * old + 1)
@@ -201,11 +210,15 @@ def _adapter(run: Run) -> list[int]:
 def _base_dtypes(run: Run) -> list[str]:
     """For each adapter weight, the dtype of the weight that it adapts."""
     s = run.loaded
+    wide = {f"{m.name}.{w.name}" for kind in run.architecture.kinds for m in kind.modules for w in m.weights if w.wide}
     found: dict[int, list[str]] = {}
     for held in (run.outer, *run.layers):
         if id(held) not in found:
-            narrow = {id(w) for p in held.projections.values() if p.quantised for w in (p.lora_a, p.lora_b)}
-            found[id(held)] = [s.weights_dtype if id(p) in narrow else s.frozen_dtype for p in held.parameters]
+            dtypes = {
+                id(w): s.weights_dtype for p in held.projections.values() if p.quantised for w in (p.lora_a, p.lora_b)
+            }
+            dtypes |= {id(w): "fp32" for name in wide & held.factors.keys() for w in held.factors[name]}
+            found[id(held)] = [dtypes.get(id(p), s.frozen_dtype) for p in held.parameters]
     inner = [dtype for held in run.layers for dtype in found[id(held)]]
     outer = list(zip(run.outer.parameters, found[id(run.outer)], strict=True))
     before = [dtype for p, dtype in outer if p.name in run.early]

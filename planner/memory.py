@@ -13,6 +13,7 @@ from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, alive
 from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.versions import as_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -165,6 +166,8 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
             f"PEFT adapts the router of {architecture.model_type} too, and then its forward fails; "
             "name other modules, such as attention (--target-modules)"
         )
+    architecture = as_of(architecture, on.transformers)
+    _refuse_mixed(architecture, options)
     outside = architecture.outside if options.method == "qlora" else ()
     run = Run(
         architecture,
@@ -180,6 +183,16 @@ def run_of(architecture: Architecture, options: TrainingOptions, on: Device, cou
     )
     run.check()
     return run
+
+
+def _refuse_mixed(architecture: Architecture, options: TrainingOptions) -> None:
+    """torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py: FSDP expects uniform original parameter dtype."""
+    alike = options.weights_dtype == "fp32" or options.mixed_precision != "no" or options.method != "full"
+    if options.parallel == "fsdp" and not alike and any(weight.wide for _, _, weight in architecture.weights()):
+        raise UsageError(
+            f"transformers keeps routers of {architecture.model_type} in float32, and fully_shard trains weights of "
+            "one dtype; train all in float32, with or without mixed precision (--weights-dtype)"
+        )
 
 
 def estimate(

@@ -1,8 +1,8 @@
-"""The attention of BLOOM, Falcon, GPT-J and MPT, which transformers has not brought to its common interface.
+"""The attention of BLOOM, Falcon, GPT-J and MPT, which is like no other family's.
 
 Each function follows its class's forward statement by statement (transformers/models/*/modeling_*.py, BloomAttention,
-FalconAttention, GPTJAttention, MptAttention) and was compared with recorded memory histories. All return the output
-of the attention module and the weights, where they exist.
+FalconAttention, GPTJAttention, MptAttention) and was compared with recorded memory histories; `gptj`, of transformers
+5.24, with traces. All return the output of the attention module and the weights, where they exist.
 """
 
 from __future__ import annotations
@@ -132,23 +132,40 @@ def _falcon_heads(tape: Tape, fused: Tensor, layer: Layer, s: Settings) -> tuple
 
 
 def gptj(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> _Attended:
-    """Each layer looks its sines and cosines up in a table of its own; scores are made of q and k in float32."""
+    """The model's sines and cosines turn part of each head; eager scores are made of q and k in float32."""
     a = layer.attention
-    b, n, t, d, rotated = s.batch, a.num_heads, s.seq, a.head_dim, a.rotary_dim
-    query, key = (ops.view(tape, _project(tape, x, name, held, s), (b, t, n, d)) for name in (a.q, a.k))
-    value = ops.heads(tape, _project(tape, x, a.v, held, s), (b, n, t, d))
-    tape.scope = "self_attn"
-    rows = b if s.mode == "generation" else 1
+    kind = blocks.layer_type(a)
+    query, key, v = _gptj_heads(tape, x, layer, held, s)
+    q, k, parts = _gptj_turned(tape, query, key, shared.tables[kind][0])
+    del key, query
+    if shared.cache is not None:
+        k, v = shared.cache.update(tape, k, v)
+    weights: Tensor | None
+    if s.kernel == "eager":
+        weights = ops.scale(tape, _wide_scores(tape, q, k), "scores, scaled")
+        weights = ops.add(tape, weights, shared.masks[kind], "scores, masked")
+        weights = ops.to(tape, ops.wide_softmax(tape, weights), v.dtype, "probabilities, cast")
+        weights = ops.dropout(tape, weights, a.dropout)
+        out = ops.merge_heads(tape, ops.matmul(tape, weights, v, q.shape, "attention output"))
+    else:
+        out, weights = kernels.attend(tape, q, k, v, a, s, shared.masks.get(kind))
+    tape.scope = a.o
+    out = ops.dropout(tape, blocks.project(tape, out, held.projections[a.o], s), a.output_dropout)
+    del q, k, v, parts
+    return out, weights
+
+
+def gptj_by_layer(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: Shared) -> _Attended:
+    """Until transformers 5.23 each layer looks its sines and cosines up in a table of its own."""
+    a = layer.attention
+    t, rotated = s.seq, a.rotary_dim
+    query, key, value = _gptj_heads(tape, x, layer, held, s)
+    rows = s.batch if s.mode == "generation" else 1
     table = tape.new((rows, a.positions, rotated), "fp32", "sines and cosines of every position")
     positions = tape.new((rows, t, rotated), "int64", "positions, repeated")
     angles = tape.new((rows, t, rotated), "fp32", "sines and cosines")
     angles = ops.to(tape, angles, key.dtype, "sines and cosines, cast")
-    k_rot, k_pass = rotary.cut(tape, key, rotated)
-    q_rot, q_pass = rotary.cut(tape, query, rotated)
-    k_rot = _turned(tape, k_rot, rows)
-    q_rot = _turned(tape, q_rot, rows)
-    k = _permuted(tape, ops.cat(tape, (k_rot, k_pass), key.shape, "rotated k"))
-    q = _permuted(tape, ops.cat(tape, (q_rot, q_pass), query.shape, "rotated q"))
+    q, k, parts = _gptj_turned(tape, query, key, angles)
     del key, query
     if shared.cache is not None:
         k, value = shared.cache.update(tape, k, value)
@@ -160,8 +177,36 @@ def gptj(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings, shared: S
         out, weights = kernels.attend(tape, q, k, value, a, s, None)
     tape.scope = a.o
     out = ops.dropout(tape, blocks.project(tape, out, held.projections[a.o], s), a.output_dropout)
-    del q, k, value, table, positions, angles, k_rot, k_pass, q_rot, q_pass
+    del q, k, value, table, positions, angles, parts
     return out, weights
+
+
+def _gptj_heads(tape: Tape, x: Tensor, layer: Layer, held: Held, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k [B, T, N, D], v [B, N, T, D]."""
+    a = layer.attention
+    b, n, t, d = s.batch, a.num_heads, s.seq, a.head_dim
+    query, key = (ops.view(tape, _project(tape, x, name, held, s), (b, t, n, d)) for name in (a.q, a.k))
+    value = ops.heads(tape, _project(tape, x, a.v, held, s), (b, n, t, d))
+    tape.scope = "self_attn"
+    return query, key, value
+
+
+def _gptj_turned(tape: Tape, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """q and k [B, N, T, D] with the first dimensions of each head turned, and the locals that hold the parts."""
+    rotated = table.shape[-1]
+    k_rot, k_pass = rotary.cut(tape, key, rotated)
+    q_rot, q_pass = rotary.cut(tape, query, rotated)
+    k_rot = _turned(tape, k_rot, table)
+    q_rot = _turned(tape, q_rot, table)
+    k = _permuted(tape, ops.cat(tape, (k_rot, k_pass), key.shape, "rotated k", mixed=True))
+    q = _permuted(tape, ops.cat(tape, (q_rot, q_pass), query.shape, "rotated q", mixed=True))
+    return q, k, [q_pass, q_rot, k_pass, k_rot]  # a list lets go of its last element first
+
+
+def _wide_scores(tape: Tape, q: Tensor, k: Tensor) -> Tensor:
+    """`torch.matmul(query.to(torch.float32), key.to(torch.float32).transpose(2, 3))`."""
+    q, k = ops.to(tape, q, "fp32", "q, float32"), ops.to(tape, k, "fp32", "k, float32")
+    return ops.matmul(tape, q, k, (*q.shape[:3], k.shape[2]), "scores")
 
 
 def _gptj_scores(tape: Tape, q: Tensor, k: Tensor, v: Tensor, layer: Layer, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,9 +225,10 @@ def _gptj_scores(tape: Tape, q: Tensor, k: Tensor, v: Tensor, layer: Layer, mask
     return out, weights
 
 
-def _turned(tape: Tape, x: Tensor, rows: int) -> Tensor:
+def _turned(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
     """`tensor * cos + rotate_every_two(tensor) * sin`, with both repeated for pairs."""
-    sin, cos = (tape.new((rows, x.shape[1], 1, x.shape[3]), x.dtype, "rotary table, repeated") for _ in range(2))
+    shape = (table.shape[0], x.shape[1], 1, x.shape[3])
+    sin, cos = (tape.new(shape, table.dtype, "rotary table, repeated") for _ in range(2))
     turned = ops.mul(tape, x, cos, "rotary: x cos")
     turned = ops.add(tape, turned, ops.mul(tape, rotary.rotate_half(tape, x), sin, "rotary: x sin"), "rotated")
     return turned  # noqa: RET504 - the name lets go of what it held before

@@ -285,15 +285,18 @@ def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     return [_viewed(x, shape, node, i) for i, shape in enumerate(shapes)]
 
 
-def cat(tape: Tape, parts: Sequence[Tensor], shape: Shape, label: str = "concatenation") -> Tensor:
-    """`torch.cat`: a fresh tensor; its gradient is handed back in views."""
+def cat(
+    tape: Tape, parts: Sequence[Tensor], shape: Shape, label: str = "concatenation", *, mixed: bool = False
+) -> Tensor:
+    """`torch.cat`: a fresh tensor; its gradient is handed back in views. `mixed`: a part may have another dtype."""
     shapes = [p.shape for p in parts]
 
     def backward(grads: Grads, _: Grads) -> Grads:
         g = grads[0]
         return [None if g is None else Tensor(g.storage, s, g.dtype).aliased() for s in shapes]
 
-    node = tape.node(parts, backward)
+    fits = [(p.shape, p.dtype) for p in parts] if mixed else ()
+    node = tape.node(parts, backward, fits=fits)
     return done(tape.new(shape, parts[0].dtype, label), node)
 
 

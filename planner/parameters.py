@@ -1,6 +1,6 @@
 """Total, trainable and adapter parameters: which modules PEFT adapts, and what bitsandbytes quantises.
 
-Rules read from peft 0.21 and transformers 5.23 (5.17 alike), and tested against both on the meta device.
+Rules read from peft 0.21 and transformers 5.24 (5.17 alike), and tested against both on the meta device.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
 from vramplan.planner.trainer import TRAINERS
 from vramplan.planner.training import TrainingOptions, parse_options, settle
+from vramplan.planner.versions import as_of
 
 if TYPE_CHECKING:
     import os
@@ -93,9 +94,8 @@ class Plan:
 
         hub_total = self.bundled.hub_total if self.bundled else None
         published = sizes.published_dtype(self.model.config)
-        return sizes.sizes(
-            self.architecture, self.counts, self.options, cost.work(self.options).steps, published, hub_total
-        )
+        built = as_of(self.architecture, self.stack.transformers)
+        return sizes.sizes(built, self.counts, self.options, cost.work(self.options).steps, published, hub_total)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""

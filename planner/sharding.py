@@ -258,7 +258,8 @@ def _tensors(run: Run) -> Iterator[tuple[int, str]]:
             if module.name in quantised and weight.name == "weight":
                 yield -(-weight.numel // 2), "uint8"
             else:
-                yield weight.numel * ITEMSIZE[s.frozen_dtype], s.frozen_dtype
+                dtype = weight.dtype(s.frozen_dtype)
+                yield weight.numel * ITEMSIZE[dtype], dtype
         for p in held.parameters:
             if s.method != "full" and p.name.startswith(f"{module.name}."):
                 yield p.numel * ITEMSIZE[p.dtype], p.dtype
@@ -298,8 +299,9 @@ class Fsdp:
             return replace(s, hooked=True)
         low = s.autocast
         return replace(
-            s, weights_dtype=low, autocast=None, compute_dtype=low, adapter_dtype=low, prepare_kbit=False, hooked=True
-        )
+            s, weights_dtype=low, autocast=None, compute_dtype=low, adapter_dtype=low, prepare_kbit=False, hooked=True,
+            keeps_wide=False,
+        )  # fmt: skip
 
     def trainer(self, trainer: Trainer) -> Trainer:
         """As on one GPU."""
@@ -448,7 +450,8 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
             packed = -(-weight.numel // 2) // ITEMSIZE[storage]  # two weights a byte, stored as numbers of that dtype
             found.append(Share(name, (packed, 1), storage, storage, False))
         else:
-            found.append(Share(name, weight.shape, own, low or own, full))
+            dtype = weight.dtype(own)
+            found.append(Share(name, weight.shape, dtype, low or dtype, full))
     if not full:
         prefix = f"{module.name}."
         dtype = s.adapter_dtype

@@ -90,7 +90,7 @@ def checkpoint(
         total, dtype = architecture.total_parameters, _held(options)
         weights = Component(
             "model.safetensors",
-            _safetensors(architecture, dtype),
+            _safetensors(architecture, dtype, held=True),
             f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
             "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
         )
@@ -143,9 +143,10 @@ def _held(options: TrainingOptions) -> str:
     return "fp32" if options.parallel == "fsdp" and options.mixed_precision != "no" else options.weights_dtype
 
 
-def _safetensors(architecture: Architecture, dtype: str) -> int:
-    named = _SAFETENSORS[dtype]
-    return safetensors_bytes([(name, named, weight.shape) for name, _, weight in architecture.weights()])
+def _safetensors(architecture: Architecture, dtype: str, *, held: bool = False) -> int:
+    """A file of all weights in `dtype`; `held`: but for those that a model holds in float32."""
+    named = [(name, weight.dtype(dtype) if held else dtype, weight.shape) for name, _, weight in architecture.weights()]
+    return safetensors_bytes([(name, _SAFETENSORS[dtype], shape) for name, dtype, shape in named])
 
 
 def _trained(
@@ -158,7 +159,7 @@ def _trained(
             yield shape, dtype, False
     else:
         for _, module, weight in architecture.weights():
-            yield weight.shape, _held(options), module.kind == "embedding"
+            yield weight.shape, weight.dtype(_held(options)), module.kind == "embedding"
 
 
 def _state_bytes(used: optimizer.Optimizer, shape: tuple[int, ...], dtype: str, embedding: bool) -> int:

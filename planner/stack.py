@@ -23,7 +23,7 @@ Version = tuple[int, int]
 # The oldest and newest minor version of each whose source was read.
 KNOWN: dict[str, tuple[Version, Version]] = {
     "torch": ((2, 11), (2, 15)),
-    "transformers": ((5, 17), (5, 23)),
+    "transformers": ((5, 17), (5, 24)),
     "peft": ((0, 21), (0, 21)),
     "bitsandbytes": ((0, 50), (0, 50)),
     "accelerate": ((1, 15), (1, 15)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 from vramplan.planner import optimizer
 from vramplan.planner.errors import UsageError, shown, unknown
+from vramplan.planner.versions import as_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -262,10 +263,6 @@ def typed(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
-# transformers let gemma2 take sdpa, which cannot cap attention's logits, up to this version
-_SDPA_UNTIL = {"gemma2": (5, 20)}
-
-
 def refuse_phases(options: Mapping[str, object], what: str) -> None:
     """Raises UsageError where phases are asked of what runs training steps alone."""
     for name in PHASE_OPTIONS:
@@ -283,9 +280,7 @@ def settle(
     """
     warnings: list[str] = []
     name = architecture.model_type
-    offered = architecture.attention_implementations
-    if stack is not None and stack.transformers <= _SDPA_UNTIL.get(name, (0, 0)):
-        offered = ("sdpa", *offered)
+    offered = (as_of(architecture, stack.transformers) if stack else architecture).attention_implementations
     if options.attention not in offered:
         if "attention" in options.given:
             choices = " or ".join(f"--attention {each}" for each in offered)

@@ -4,8 +4,9 @@ Fake tensors are CPU tensors here. torch cannot run backward for fake "cuda" ten
 asks the accelerator for its stream), and a trace must be the same on every machine. So where torch, bitsandbytes or
 transformers choose by device, the choice that they make on CUDA is put in its place:
 
-- autocast: the CPU's list of ops that run in float32 is shorter. CUDA's is read from the header that torch ships
-  (ATen/autocast_mode.h) and put into force; casts of weights and their cache are torch's own.
+- autocast: the CPU's list of ops that run in float32 is shorter, and it casts what is concatenated. CUDA's lists are
+  read from the header that torch ships (ATen/autocast_mode.h) and put into force; casts of weights and their cache are
+  torch's own.
 - dropout: CUDA has one op with a mask of one byte an element (aten/src/ATen/native/Dropout.cpp).
 - softmax and log_softmax of float16 into float32: one op on CUDA (aten/src/ATen/native/SoftMax.cpp).
 - scaled_dot_product_attention: the kernel that the planned GPU takes (planner/attention.py, choose). The kernels' own
@@ -123,6 +124,8 @@ def _autocast_as_cuda(library: Any) -> None:
         library.impl(op, partial(_into_float32, op, at), "AutocastCPU", allow_override=True)
     for op in lists["PROMOTE"]:
         library.impl(op, partial(_in_widest, op), "AutocastCPU", allow_override=True)
+    for op in (aten.cat.default, aten.stack.default, aten.index_copy.default):  # the CPU's list alone has these
+        library.impl(op, partial(_as_given, op), "AutocastCPU", allow_override=True)
 
 
 def _eligible(value: object) -> bool:
@@ -133,6 +136,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_cast(each, dtype) for each in value)
     return value.to(dtype) if _eligible(value) else value
+
+
+def _as_given(op: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return op(*args, **kwargs)
 
 
 def _in_float32(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -166,15 +166,16 @@ def _quantised(cfg: transformers.PretrainedConfig, options: TrainingOptions) -> 
     import bitsandbytes as bnb
 
     model, quant = with_4bit_linears(cfg, options)
-    dtype = DTYPES[options.weights_dtype]
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
+        narrow = isinstance(module, bnb.nn.Linear4bit)  # which is built in float32
         for name, p in list(module.named_parameters(recurse=False)):
             if id(p) not in made:
+                dtype = DTYPES[options.weights_dtype] if narrow else p.dtype
                 drawn = torch.randn(p.shape, device="cuda", dtype=dtype)
                 weight = drawn * 0.02
                 del drawn
-                if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+                if narrow and name == "weight":
                     made[id(p)] = bnb.nn.Params4bit(
                         weight,
                         requires_grad=False,

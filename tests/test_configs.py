@@ -337,6 +337,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("trl", {"loss_type": "dft"}),
     ("trl", {"activation_offloading": True}),
     ("trl", {"gradient_checkpointing_kwargs": {"selective": True}}),
+    ("trl", {"activation_checkpointing_kwargs": {"offload": True}}),
+    ("transformers", {"activation_checkpointing_kwargs": {"every_n_layers": 2}}),
     ("transformers", {"auto_find_batch_size": True}),
     ("transformers", {"torch_compile": True}),
     ("transformers", {"modules_to_save": ["lm_head"]}),

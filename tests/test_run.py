@@ -144,13 +144,6 @@ def test_bitsandbytes_casts_a_bias_in_the_first_forward_for_good() -> None:
     assert not [i for s in run.step(1) for i in alive(s.events) if "bias, cast" in run.program.labels[i]]
 
 
-def test_each_layer_of_gptj_keeps_a_table_of_every_position() -> None:
-    gptj = {"model_type": "gptj", "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "vocab_size": 100}
-    run = run_of(gptj | {"n_positions": 32}, method="lora", seq_len=8, attention="eager")
-    sizes = [run.program.sizes[e >> 1] for e in run.loading[0].events]
-    assert sizes.count(32 * 8 * 4) >= 3
-
-
 def test_identical_layers_are_played_once() -> None:
     few, many = (run_of(TINY | {"num_hidden_layers": n}, seq_len=64, method="lora") for n in (3, 30))
     for run in (few, many):

@@ -52,8 +52,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "lora", **_KEPT, **_EAGER, **_FP16},
 )
 
-# Softmax in the scores' dtype, a float mask that autocast casts, one head of k and v repeated for the math kernel.
-BESIDE = [("gpt2", 0, 9), ("falcon", 3, 9), ("falcon", 3, 0), ("gpt_bigcode", 0, 5)]
+# Softmax in the scores' dtype, a float mask that autocast casts, one head of k and v repeated for the math kernel;
+# gptj with sdpa, checkpointed and masked, and with heads that are turned in float32.
+BESIDE = [("gpt2", 0, 9), ("falcon", 3, 9), ("falcon", 3, 0), ("gpt_bigcode", 0, 5), ("gptj", 0, 3), ("gptj", 1, 6)]
 
 
 def grid() -> list[tuple[str, int, int]]:
@@ -186,6 +187,16 @@ def test_autocast_is_cudas_inside_and_the_cpus_again_outside() -> None:
             assert torch.softmax(fake, -1).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
+
+
+def test_autocast_on_cuda_leaves_what_is_concatenated() -> None:
+    with watched() as seen:
+        wide, narrow = torch.empty(4, 8), torch.empty(4, 8, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            both = torch.cat([wide, narrow])
+            assert both.dtype == torch.float32
+        del both, wide, narrow
+    assert sizes(seen) == [128, 64, 256, -256, -128, -64]  # the CPU's own would make a float32 copy of the second
 
 
 def test_what_is_imported_meanwhile_stays_and_the_stand_ins_go() -> None:
