@@ -46,6 +46,7 @@ class Settings:
     multiprocessors: Multiprocessors = H200
     torch: tuple[int, int] = (2, 11)  # the version whose rules are played
     hooked: bool = False  # fully_shard's hooks run where modules begin and end
+    caches_as_keys: bool = False  # generation holds values in the keys' dtype (DynamicLayer.lazy_initialization)
     keeps_wide: bool = True  # weights that are float32 in any model are computed with as such
     masked_experts: bool = True  # transformers 5.17 zeroes rows of other ranks' experts even where there are none
     mode: Literal["training", "evaluation", "generation"] = "training"
@@ -216,6 +217,8 @@ def cohere_layer_norm(tape: Tape, x: Tensor, n: Norm) -> Tensor:
         tape, ops.sub(tape, hidden, average), rsqrt(tape, ops.shift(tape, variance)), "normalised, float32"
     )
     wide = ops.to(tape, n.weight.tensor(), "fp32", "weight, float32")
+    *heads, size = wide.shape
+    wide = wide.view(*heads, *[1] * len(heads), size)  # of q and k: each head's own, before the tokens here
     hidden = ops.mul(tape, wide, hidden, "norm output, float32")
     return ops.to(tape, hidden, input_dtype, "norm output")
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vramplan.planner import ops
+
 if TYPE_CHECKING:
     from vramplan.planner.paper import Tape, Tensor
 
@@ -20,6 +22,7 @@ class Cache:
     """One layer's keys and values [B, K, T, D]; where its attention slides, what is kept is less than `window` long."""
 
     window: int | None
+    as_keys: bool = False  # values are held in the keys' dtype where that is wider
     keys: Tensor | None = None
     values: Tensor | None = None
 
@@ -33,18 +36,20 @@ class Cache:
         """Adds the new tokens'; returns all that they attend to, the caller holding `k` and `v` meanwhile."""
         if self.window is None:
             self.keys = keys = _joined(tape, self.keys, k, KEYS)
-            self.values = values = _joined(tape, self.values, v, VALUES)
+            self.values = values = _joined(tape, self.values, v, VALUES, k.dtype if self.as_keys else v.dtype)
             return keys, values
-        keys, values = _joined(tape, self.keys, k, KEYS), _joined(tape, self.values, v, VALUES)
+        keys = _joined(tape, self.keys, k, KEYS)
+        values = _joined(tape, self.values, v, VALUES, k.dtype if self.as_keys else v.dtype)
         self.keys = keys.view(*keys.shape[:2], min(keys.shape[2], self.window - 1), keys.shape[3])  # the last of them
         self.values = values.view(*values.shape[:2], min(values.shape[2], self.window - 1), values.shape[3])
         return keys, values
 
 
-def _joined(tape: Tape, old: Tensor | None, new: Tensor, label: str) -> Tensor:
-    """`torch.cat([old, new], dim=-2)`."""
+def _joined(tape: Tape, old: Tensor | None, new: Tensor, label: str, begun: str = "") -> Tensor:
+    """`torch.cat([old, new], dim=-2)`; the first is an empty tensor of dtype `begun`."""
     b, h, t, d = new.shape
-    return tape.new((b, h, t + (old.shape[2] if old is not None else 0), d), new.dtype, label)
+    dtype = ops.promote(new.dtype, begun or new.dtype)
+    return tape.new((b, h, t + (old.shape[2] if old is not None else 0), d), dtype, label)
 
 
 def mask_length(past: int, new: int, window: int | None) -> int:

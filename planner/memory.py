@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vramplan.planner.training import TrainingOptions
 
 MASKS_FEWER_EXPERTS = (5, 18)  # of transformers: integrations/moe.py, only under expert parallelism from here on
+CACHES_EACH = (5, 24)  # of transformers: cache_utils.py, keys and values each in their own dtype from here on
 PREPARED = 1  # of a run's loading: the stretch that prepares a model in 4 bit
 READY = 3  # so many stretches of it are there on one GPU too
 STEPS = 4  # the first makes optimizer states and workspaces, the second meets them, the rest settle fragmentation
@@ -144,6 +145,7 @@ def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
         capability=on.capability,
         multiprocessors=on.multiprocessors,
         torch=on.torch,
+        caches_as_keys=on.transformers < CACHES_EACH,
         masked_experts=on.transformers < MASKS_FEWER_EXPERTS,
     )
 

@@ -42,7 +42,7 @@ class Passes:
             if key not in played:
                 kind, cache = a.kinds[a.order[layer]], None
                 if s.mode == "generation":
-                    cache = self._caches.setdefault(key, Cache(kind.attention.sliding_window))
+                    cache = self._caches.setdefault(key, Cache(kind.attention.sliding_window, s.caches_as_keys))
                     cache.holds(s.past)
                 played[key] = step.play_layer(
                     kind, run.layers[layer], s, shared, dtype, a.hidden_size, False, False, cache

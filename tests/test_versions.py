@@ -13,6 +13,7 @@ from small_models import FLAT, small
 
 from vramplan.planner import memory, phases
 from vramplan.planner.architecture import parse
+from vramplan.planner.cache import VALUES
 from vramplan.planner.errors import UsageError
 from vramplan.planner.layers import Moe
 from vramplan.planner.plan import Plan, plan
@@ -179,3 +180,15 @@ def test_fully_shard_refuses_routers_of_another_dtype_than_the_rest() -> None:
 def test_gemma2_took_sdpa_until_5_20() -> None:
     assert planned(small("gemma2"), "5.20").options.attention == "sdpa"
     assert planned(small("gemma2"), "5.21").options.attention == "eager"
+
+
+@pytest.mark.parametrize(("transformers", "itemsize"), [("5.23", 4), ("5.24", 2)])
+def test_cached_values_took_the_keys_dtype_until_5_23(transformers: str, itemsize: int) -> None:
+    """Full fine-tuning of float32 weights leaves them so: rotated keys are float32, values autocast's bf16."""
+    config = small("llama")
+    options = {"method": "full", "weights_dtype": "fp32", "phases": ["generation"], "prompt_len": 12}
+    made = planned(config, transformers, max_new_tokens=4, **options)
+    run = run_of(made)
+    stretches = list(phases.generation(run, made.options))
+    cached = [run.program.sizes[e >> 1] for s in stretches for e in s.events if run.program.labels[e >> 1] == VALUES]
+    assert min(cached) == 12 * config["num_key_value_heads"] * made.architecture.kinds[0].attention.head_dim * itemsize
