@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vramplan.planner.paper import H200, Multiprocessors
 from vramplan.planner.stack import KNOWN
@@ -98,17 +98,18 @@ def device(gpu: Gpu | None, stack: Stack | None = None, calibration: Calibration
     )  # fmt: skip
 
 
-def nccl_bytes(num_gpus: int) -> tuple[int, int]:
+def nccl_bytes(num_gpus: int, parallel: str = "") -> tuple[int, int]:
     """What NCCL takes of each GPU beside PyTorch's memory for its buffers and kernels, and with how many GPUs measured.
 
-    The number of GPUs nearest to `num_gpus` of those that were measured; nothing for one GPU.
+    The number of GPUs nearest to `num_gpus` of those that were measured; nothing for one GPU. Under ZeRO DeepSpeed
+    makes groups of its own besides.
     """
     if num_gpus == 1:
         return 0, 1
-    rows = _calibrations()[0]["nccl"]
-    assert isinstance(rows, list)
-    row = min(rows, key=lambda each: abs(each["num_gpus"] - num_gpus))
-    return row["bytes"], row["num_gpus"]
+    known: Any = _calibrations()[0]
+    row = min(known["nccl"], key=lambda each: abs(each["num_gpus"] - num_gpus))
+    more = known["deepspeed"]["bytes"] if parallel.startswith("zero") else 0
+    return row["bytes"] + more, row["num_gpus"]
 
 
 def workspace_bytes(capability: tuple[int, int] | None) -> int:

@@ -223,7 +223,7 @@ def estimate(
 
         assert isinstance(allocator, Allocator)  # several GPUs have no phases but training
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
-    nccl, _ = nccl_bytes(options.num_gpus)
+    nccl, _ = nccl_bytes(options.num_gpus, options.parallel)
     context = made.context_bytes + nccl
     return replace(made, context_bytes=context, nccl_bytes=nccl, notes=_notes(run, on, options, made.phases))
 
@@ -432,7 +432,7 @@ def _notes(run: Run, on: Device, options: TrainingOptions, phases: Sequence[Phas
         notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
     if run.sharing is not None:
         notes += run.sharing.notes(run)
-        nccl, measured = nccl_bytes(options.num_gpus)
+        nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
         if measured != options.num_gpus:
             notes.append(
                 f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} H200s"

@@ -114,18 +114,19 @@ _TENSOR_S = {
 _TENSOR_BNB_S = 60e-6
 HOST_GPUS = 8  # GPUs that one host's links join; beyond, a network between hosts is assumed
 # Of NVLink's bytes in one direction, over NCCL 2.28 between two H200s (NV18, NCCL_NVLS_ENABLE=0): all_gather and
-# reduce_scatter of 256 and 512 MiB 0.53 to 0.56, of 64 MiB 0.26 to 0.42; all_reduce of 512 MiB 0.70.
+# reduce_scatter of 512 MiB and 1 GiB 0.52 to 0.58, of 128 MiB 0.45 to 0.48; all_reduce of 1 GiB 0.72.
 _NVLINK = Range(0.55, 0.70, 0.40)
 # PCIe with 16 lanes, and a network of 400 Gb/s for each GPU: assumed, as is what collectives reach of them.
 _PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
 _NETWORK_PER_S = 50e9
 _WIRE = Range(0.7, 0.9, 0.4)
-# Seconds of the host for each of traffic.Hooks, and for a DTensor in clipping or in the optimizer's step: measured by
-# probes/sharing_times.py on that host (tables/sharing_times.json): the quickest of 22 rounds, what a layer more takes,
-# with 9, 13 and 23 weights of which 9, 4 and 14 are trained. DDP's is two copies launched from C++.
-_HOOKS_S = (0.80e-3, 15e-6, 0.46e-3, 24e-6, 10e-6)
-_DTENSOR_S = 20e-6
-# Ranks wait at every collective for the slowest of them, so the quickest rounds never come.
+# Seconds of the host for each of traffic.Hooks, and for a DTensor in clipping or in the optimizer's step, measured by
+# themselves (probes/sharing_times.py, tables/sharing_times.json): the quickest of 22 rounds, what a layer more takes,
+# with 9, 13 and 23 weights of which 9, 4 and 14 are trained. DDP's gradients are copied twice, from C++: a launch each,
+# less than those rounds resolve.
+_HOOKS_S = (0.92e-3, 14e-6, 0.54e-3, 23e-6, 10e-6)
+_DTENSOR_S = 24e-6
+# Ranks wait at every collective for the slowest of them, so the quickest rounds never come: the median of the same.
 _SEVERAL_HOSTS = 1.2
 _TENSOR_CLIPPING_S = 6.7e-6
 

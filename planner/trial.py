@@ -183,7 +183,7 @@ class Bench:
 
     def _room_bytes(self, options: TrainingOptions) -> int:
         """What PyTorch may reserve: with several GPUs NCCL has its own part."""
-        return self.room_bytes - nccl_bytes(options.num_gpus)[0]
+        return self.room_bytes - nccl_bytes(options.num_gpus, options.parallel)[0]
 
     def _peak(self, options: TrainingOptions) -> int:
         if options not in self._peaks:

@@ -369,28 +369,31 @@ class Zero3(Zero):
         """Weights are partitioned as they are loaded; then come the parts in float32, the bucket, the gradients."""
         from vramplan.planner.run import Stretch
 
-        program, units = run.program, self.units(run)
-        whole = run.loaded.method == "qlora"
-        before = (
-            loading.play(run) if whole else tuple(Stretch(name, []) for name in ("loading", "preparation", "adapter"))
-        )
-        there = alive_in_order(e for stretch in before for e in stretch.events)
+        program, quantised = run.program, run.loaded.method == "qlora"
         item = self._item = ITEMSIZE[run.settings.weights_dtype]
+        base: list[int] = []
+        adapter: list[int] = []
         events: list[int] = []
-        for unit in units.all:
-            for share in unit.shares:
-                part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
-                size = prod(share.shape)
-                if not self.cpu_offload:
-                    nbytes = -(-size // self.ranks) * ITEMSIZE[share.dtype]
-                    events.append(2 * program.new(nbytes, f"shard, {share.dtype}", part, share.name))
-                if size <= PERSISTENT:
-                    events.append(
-                        2 * program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
-                    )
-        events += [2 * i + 1 for i in there if program.labels[i] not in STAYS]
-        if not whole:
-            events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
+        for share in (share for unit in self.units(run).all for share in unit.shares):
+            added = share.trained and run.loaded.method != "full"
+            part, size = "adapter" if added else "weights", prod(share.shape)
+            whole = program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
+            shard = program.new(
+                -(-size // self.ranks) * ITEMSIZE[share.dtype], f"shard, {share.dtype}", part, share.name
+            )
+            parted = [*([] if self.cpu_offload else [2 * shard]), *([2 * whole + 1] if size > PERSISTENT else [])]
+            if added and not quantised:  # PEFT makes an adapter whole, and the engine partitions it
+                adapter.append(2 * whole)
+                events += parted
+            else:
+                (events if quantised else base).extend([2 * whole, *parted])
+        if quantised:
+            before = loading.play(run)
+            there = alive_in_order(e for stretch in before for e in stretch.events)
+            events += [2 * i + 1 for i in there if program.labels[i] not in STAYS]
+        else:
+            base += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
+            before = (Stretch("loading", base), Stretch("k-bit preparation", []), Stretch("adapter", adapter))
         run.biases.clear()
         if not self.cpu_offload:
             for group in self.groups(run):
