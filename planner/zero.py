@@ -509,6 +509,8 @@ def _visits(run: Run, made: MicroStep, units: Units) -> Iterator[Visit]:
                     yield Visit((stretch, ends[name][0]), None if backward else (stretch, ends[name][1]), modules[name])
         if backward:
             pos = split if again else 0
+            if not (again or made.needs[i]):
+                order = [name for name in order if _goes_on(made.stretches[stretch].events, program, markers, name)]
             for name in reversed(order or list(modules)):
                 begin, pos = pos, max(pos, markers.get(name, pos))
                 yield Visit((stretch, begin), (stretch, pos), modules[name])
@@ -551,6 +553,17 @@ def _in_order(
             split = min(split, begin)
     order = [*(name for name in modules if name not in ends), *ends]
     return order, dict.fromkeys(modules, (0, 0)) | ends, markers, split
+
+
+def _goes_on(events: Sequence[int], program: Program, markers: Mapping[str, int], name: str) -> bool:
+    """Whether the gradient of a module's input is made after its adapter's: else its own backward is no part of it."""
+    if name not in markers:
+        return True
+    end = min((other for other in markers.values() if other > markers[name]), default=len(events))
+    made = [program.labels[e >> 1] for e in events[markers[name] : end] if not e & 1]
+    if "gradient" in made:  # of the next module's adapter
+        made = made[: made.index("gradient")]
+    return "gradient of an input" in made
 
 
 @dataclass(slots=True, eq=False)

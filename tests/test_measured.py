@@ -8,7 +8,9 @@ or 80 GiB would leave it. h200-phases.jsonl is of loading, evaluation, saving, g
 whole models and 20 of few layers.
 
 The 19 of h200-two-gpus.jsonl are DDP and FSDP2 on two GPUs: 3 of them were there while that was written, 16 planned
-before they were run, as the 5 of h200-four-gpus.jsonl were. Such a run's figures are those of the rank that had most.
+before they were run, as the 5 of h200-four-gpus.jsonl were, and the 8 of h200-two-gpus-probe.jsonl, which the probe
+itself measured, two of them under ZeRO. Such a run's figures are those of the rank that had most. In the 26 of
+h200-alone.jsonl one GPU stood for 2, 4 or 8; they have no times.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 KNOWN, OTHERS = "h200-single-gpu.jsonl", "h200-other-models.jsonl"
 PROBED, BOUNDARIES = "h200-probe.jsonl", "h200-boundaries.jsonl"
-TWO, FOUR = "h200-two-gpus.jsonl", "h200-four-gpus.jsonl"
+TWO, FOUR, TWO_PROBED = "h200-two-gpus.jsonl", "h200-four-gpus.jsonl", "h200-two-gpus-probe.jsonl"
+ALONE = "h200-alone.jsonl"
 PHASES = "h200-phases.jsonl"
 # It survived, and is planned to run out.
 MISSED = {"llama-3.2-1b-batch_size=3-seq_len=1024-room=7.24GiB"}
@@ -49,17 +52,18 @@ def spread(name: str, figure: str) -> Spread:
 
 
 def test_these_are_the_files() -> None:
-    assert {KNOWN, OTHERS, PROBED, BOUNDARIES, TWO, FOUR, PHASES} == {file.name for file in verify.bundled()}
+    names = {KNOWN, OTHERS, PROBED, BOUNDARIES, TWO, FOUR, TWO_PROBED, ALONE, PHASES}
+    assert names == {file.name for file in verify.bundled()}
 
 
-@pytest.mark.parametrize("name", [KNOWN, OTHERS, PROBED, TWO, FOUR])
+@pytest.mark.parametrize("name", [KNOWN, OTHERS, PROBED, TWO, FOUR, TWO_PROBED, ALONE])
 def test_every_run_is_planned_and_fits_as_it_did(name: str) -> None:
     assert [each.failed for each in scores(name) if each.failed] == []
     assert [each.run.id for each in scores(name) if not each.fits_as_measured] == []
     assert len(errors(name, "allocated")) == len(scores(name))
 
 
-@pytest.mark.parametrize("name", [KNOWN, PROBED, TWO, FOUR])
+@pytest.mark.parametrize("name", [KNOWN, PROBED, TWO, FOUR, TWO_PROBED])
 def test_trainable_parameters_are_exact(name: str) -> None:
     assert [each.run.id for each in scores(name) if not each.trainable_exact] == []
 
@@ -123,7 +127,7 @@ def test_the_time_of_a_step() -> None:
     assert sum(error < 0.35 for error in found) > 0.9 * len(found)
 
 
-@pytest.mark.parametrize(("name", "runs"), [(TWO, 19), (FOUR, 5)])
+@pytest.mark.parametrize(("name", "runs"), [(TWO, 19), (FOUR, 5), (TWO_PROBED, 8)])
 def test_several_gpus(name: str, runs: int) -> None:
     allocated, reserved, device = (spread(name, figure) for figure in ("allocated", "reserved", "device"))
     assert len(errors(name, "allocated")) == runs
@@ -133,13 +137,25 @@ def test_several_gpus(name: str, runs: int) -> None:
     assert abs(device.worst) < 0.001
 
 
+def test_one_gpu_for_several() -> None:
+    """Under ZeRO 3 DeepSpeed frees what another stream has read when that is done, which no plan can foresee."""
+    under_zero3 = [s for s in scores(ALONE) if s.run.options["parallel"] == "zero3"]
+    others = [s for s in scores(ALONE) if s.run.options["parallel"] != "zero3"]
+    assert {n for s in scores(ALONE) if (n := s.run.options["num_gpus"])} == {2, 4, 8}
+    assert (len(others), len(under_zero3)) == (23, 3)
+    for name, most, most_under_zero3 in (("allocated", 0.0006, 0.0025), ("reserved", 0.002, 0.1)):
+        assert max(abs(s.errors[name]) for s in others) < most
+        assert max(abs(s.errors[name]) for s in under_zero3) < most_under_zero3
+    assert median(abs(s.errors["allocated"]) for s in others) < 1e-5
+
+
 def test_the_time_of_a_step_on_several_gpus() -> None:
-    """What the hooks take was chosen by these runs; the two beyond a quarter are DDP with QLoRA."""
-    found = [abs(error) for name in (TWO, FOUR) for error in errors(name, "step")]
-    assert len(found) == 24
+    """No figure of it was chosen by these runs. The three beyond a quarter wait for a host faster than its table's."""
+    found = [abs(error) for name in (TWO, FOUR, TWO_PROBED) for error in errors(name, "step")]
+    assert len(found) == 32
     assert median(found) < 0.1
-    assert sum(error < 0.25 for error in found) == 22
-    assert max(found) < 0.3
+    assert sum(error < 0.25 for error in found) == 29
+    assert max(found) < 0.45
 
 
 @pytest.mark.parametrize("phase", ["loading", "evaluation", "saving", "generation", "merging"])

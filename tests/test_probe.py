@@ -213,11 +213,12 @@ def test_a_rank_that_fails_ends_the_case_with_its_error(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--num-gpus", "4"), 1, "the run is on 4 GPUs and 2 are here"),
-        (("--num-gpus", "2", "--boundary"), 2, "--boundary is for one GPU"),
-        (("--num-gpus", "2", "--snapshot"), 2, "--snapshot is for one GPU"),
+        (("--num-gpus", "4"), 1, "the run is on 4 GPUs and 2 are here; with --alone one stands for all"),
+        (("--num-gpus", "2", "--boundary"), 2, "--boundary is for one GPU; leave it out, or add --alone"),
+        (("--alone",), 2, "--alone is for a run on several GPUs, of which one stands for all; add --num-gpus"),
     ],
 )
+@pytest.mark.parametrize("model", [True, False])
 def test_what_several_gpus_cannot_be_asked(
     gpu: Callable[..., PlayedRunner],
     config: str,
@@ -226,11 +227,112 @@ def test_what_several_gpus_cannot_be_asked(
     words: tuple[str, ...],
     code: int,
     said: str,
+    model: bool,
 ) -> None:
     monkeypatch.setattr(probe_gpu, "count", lambda: 2)
     gpu()
-    assert run(config, *words) == code
+    assert run(*[config] * model, *words) == code
+    if not model and "--boundary" in words:
+        said = "--boundary is about one plan"
     assert said in capsys.readouterr().err
+
+
+def test_zero_needs_deepspeed(
+    gpu: Callable[..., PlayedRunner], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probing, "find_spec", lambda name: None if name == "deepspeed" else True)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    gpu()
+    options = ("--method", "full", "--num-gpus", "2")
+    assert run(config, *options, "--parallel", "zero2") == 1
+    assert "not installed: deepspeed; a probe trains for real: pip install deepspeed" in capsys.readouterr().err
+    monkeypatch.setattr(ranks, "launch", lambda case, *_: Outcome("ok", [measured(case)] * 2, "", 20.0))
+    assert run(config, *options, "--parallel", "fsdp") == 0
+
+
+def test_without_a_model_several_gpus_share_the_bundled_runs(
+    gpu: Callable[..., PlayedRunner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
+        asked.append(case)
+        return Outcome("ok", [measured(case)] * num_gpus, "", 1.0)
+
+    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 4)
+    runner = gpu()
+    assert run("--num-gpus", "4", "--parallel", "ddp", "--output", str(tmp_path / "runs.jsonl")) == 0
+    assert runner.asked == []
+    assert len(asked) == len(probe_cases._table()["several"])
+    assert {(case["options"]["num_gpus"], case["options"]["parallel"]) for case in asked} == {(4, "ddp")}
+    out = capsys.readouterr().out
+    assert f"{len(asked)} of {len(asked)} runs as planned" in out
+    assert "4 GPUs, ddp" in out
+    assert not list((tmp_path / "data").glob("calibrations/*"))  # nothing is learnt from them
+
+
+def test_one_gpu_stands_for_all(
+    gpu: Callable[..., PlayedRunner],
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What NCCL takes is not there, and neither are times nor the device's total."""
+
+    def answer(asked: dict[str, Any]) -> list[dict[str, Any]]:
+        found = measured(asked)
+        context = found["context_bytes"] - plan(SMALL, gpu="h200", **asked["options"]).memory.nccl_bytes
+        monkeypatch.setattr(ranks, "pretend", lambda _: None)
+        monkeypatch.setattr("vramplan.probes.measure.measure", lambda _: found | {"context_bytes": context})
+        return ranks.alone(asked)
+
+    monkeypatch.setattr(probe_gpu, "count", lambda: 1)
+    runner = gpu(answer)
+    output = tmp_path / "runs.jsonl"
+    options = ("--method", "full", "--num-gpus", "64", "--parallel", "fsdp")
+    assert run(config, *options, "--alone", "--output", str(output)) == 0
+    assert runner.asked[0]["options"]["num_gpus"] == 64
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in out.splitlines()}
+    assert rows["CUDA context"] == ["0", "%"]
+    assert rows["device total"] == ["-", "-"]
+    assert "Every GPU" not in out
+    line = json.loads(output.read_text())
+    assert line["alone"] is True
+    (again,) = map(score, read([output]))
+    assert again.errors == {"allocated": 0.0, "reserved": 0.0}
+
+
+def test_every_gpu_has_a_row(
+    gpu: Callable[..., PlayedRunner], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launch(case: dict[str, Any], *_: object) -> Outcome:
+        own = measured(case)
+        return Outcome("ok", [own, own | {"peak_allocated_bytes": own["peak_allocated_bytes"] - GIB}], "", 20.0)
+
+    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    gpu()
+    assert run(config, "--method", "full", "--num-gpus", "2") == 0
+    rows = capsys.readouterr().out.partition("Every GPU: peaks in GiB as measured")[2].splitlines()
+    first, second = (row.split() for row in rows[2:4])
+    assert (first[0], second[0]) == ("0", "1")
+    assert float(first[1]) - float(second[1]) == pytest.approx(1, abs=0.011)
+
+
+def test_zero_takes_gradients_away_within_backward(gpu: Callable[..., PlayedRunner]) -> None:
+    """So neither they nor a step's activations can be told apart in what was measured."""
+    gpu(lambda asked: [measured(asked) | {"device_used_bytes": None}])
+    asked = {"alone": True, "watcher": report_probe.Progress(None), "method": "full", "num_gpus": 2}
+    (result,) = probing.probe(SMALL, parallel="zero2", **asked).results
+    found = {figure.name: figure for figure in result.figures}
+    assert found["gradients"].error is found["activations of a step"].error is None
+    assert found["optimizer states"].error == 0
 
 
 def test_what_ranks_wrote(tmp_path: Path) -> None:

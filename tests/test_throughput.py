@@ -294,3 +294,42 @@ def test_published_runs_of_other_frameworks() -> None:
             two = [(one, other) for one, other in itertools.combinations(pairs, 2) if one[1] != other[1]]
             right = sum((one[0] < other[0]) == (one[1] < other[1]) for one, other in two)
             assert right / len(two) > 0.95
+
+
+# --- several GPUs ----------------------------------------------------------------------------------------------------
+
+
+def test_what_hooks_take_is_what_was_timed() -> None:
+    """What a layer more takes, of three settings: seconds of a unit and of each weight in it, by least squares."""
+    file = Path(throughput.__file__).parents[1] / "tables" / "sharing_times.json"
+    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+
+    def of(parallel: str, method: str, targets: str | None, *names: str) -> tuple[float, int]:
+        """Seconds of 12 layers more, and the tensors that they train."""
+        few, many = (
+            each
+            for layers in (4, 16)
+            for each in steps
+            if (each["layers"], each["parallel"], each["method"], each.get("target_modules"))
+            == (layers, parallel, method, targets)
+        )
+
+        def of_one(each: dict[str, Any]) -> float:
+            timed = {name: hook["s"] for name, hook in each["hooks"].items()} | each
+            return sum(float(timed[name]["least"]) for name in names)
+
+        return of_one(many) - of_one(few), many["trained"] - few["trained"]
+
+    weights = {("full", None): 9, ("lora", None): 9 + 14, ("lora", "q_proj,v_proj"): 9 + 4}
+    gathers, reductions, updates = [], [], []
+    for setting, n in weights.items():
+        there, _ = of("fsdp", *setting, "_pre_forward", "_post_forward", "_pre_backward")
+        gathers.append((n, there / 12 / 2))  # in forward and in backward
+        back, trained = of("fsdp", *setting, "post_backward")
+        reductions.append((trained / 12, back / 12))
+        updates.append((of("fsdp", *setting, "update_s")[0] - of("none", *setting, "update_s")[0]) / trained)
+    for found, (first, each) in ((gathers, throughput._HOOKS_S[:2]), (reductions, throughput._HOOKS_S[2:4])):
+        slope, start = statistics.linear_regression(*zip(*found, strict=True))
+        assert first == pytest.approx(start, rel=0.01)
+        assert each == pytest.approx(slope, rel=0.03)
+    assert pytest.approx(statistics.mean(updates), rel=0.02) == throughput._DTENSOR_S
