@@ -17,7 +17,7 @@ from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.fit import largest, largest_with
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
-from vramplan.planner.training import for_method, parse_options, settle
+from vramplan.planner.training import for_gpus, for_method, parse_options, settle
 from vramplan.planner.trial import Bench, command, one_after_another
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 METHODS = ("full", "lora", "qlora")  # the most demanding first
 OVER = ("batch_size", "seq_len", "rank", "method", "num_gpus")
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_SHARING = ("parallel", "reshard_after_forward", "cpu_offload")  # of one GPU they mean nothing
 MOST_TOKENS = 2**20  # of a sequence, where the model has no limit of its own
 # Sizes that are tried; of sequences up to the model's positions.
 _SIZES: dict[str, Sequence[int]] = {
@@ -104,7 +103,8 @@ class Cell(NamedTuple):
 class Capacity:
     """What fits one GPU, or how many of it a run takes. `asked` is the run as it was asked for.
 
-    `methods`, `gpus` and `frontier` are empty where not asked; `gpus` ends with the first number that holds the run.
+    `methods`, `gpus` and `frontier` are empty where not asked; `gpus` ends with the first number that holds the run, or
+    with one of which each GPU holds as much as of half as many. `command` plans the run, on the last of those.
     """
 
     model: ModelReference
@@ -173,7 +173,9 @@ def fit(
     reference = resolve_model(model)
     architecture = parse(reference.config)
     asked = {name: value for name, value in options.items() if value is not None}
-    sharing = {name: asked.pop(name) for name in _SHARING if name in asked and "num_gpus" in names}
+    several = {"parallel": "fsdp", **asked}
+    if "num_gpus" in names:
+        asked = for_gpus(asked, 1)
     positions = _positions(architecture.config)
     if "seq_len" in names and positions < parse_options({}).seq_len:  # a default must not be beyond what is searched
         asked.setdefault("seq_len", positions)
@@ -188,7 +190,7 @@ def fit(
     searches += [("limit", partial(_limit, bench, asked, name)) for name in names if name in _SIZES]
     searches += [("method", partial(_method, bench, asked, method)) for method in methods if "method" in names]
     if "num_gpus" in names:
-        searches.append(("gpus", partial(_gpus, bench, asked, sharing)))
+        searches.append(("gpus", partial(_gpus, bench, several | asked)))
     searches += [
         ("cell", partial(_cell, bench, for_method(asked, method) | {"seq_len": length}))
         for method in methods
@@ -210,7 +212,11 @@ def fit(
         frontier=tuple(found["cell"]),
         stack=versions,
         command=command(
-            model if isinstance(model, str) else reference.name, asked | sharing, card.name, stack, calibration
+            model if isinstance(model, str) else reference.name,
+            for_gpus(several | asked, found["gpus"][-1][-1][0]) if found["gpus"][-1] else asked,
+            card.name,
+            stack,
+            calibration,
         ),
         warnings=(*warnings, *bench.notes),
     )
@@ -272,14 +278,14 @@ def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
     return method, bench.trial(for_method(asked, method))
 
 
-def _gpus(bench: Bench, asked: Asked, sharing: Asked) -> list[tuple[int, Trial]]:
-    """The run on one GPU, and shared by more and more, by FSDP2 where nothing else is asked, until it fits."""
+def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
+    """The run on one GPU, and shared by more and more, until it fits or each of twice as many holds as much."""
     found: list[tuple[int, Trial]] = []
     for number in GPUS:
-        shared = {} if number == 1 else {"parallel": "fsdp", **sharing, "num_gpus": number}
-        alone = {name: value for name, value in asked.items() if name != "num_gpus"}
-        found.append((number, bench.trial(alone | shared)))
-        if found[-1][1].survives:
+        found.append((number, bench.trial(for_gpus(asked, number))))
+        fits = [trial.fit for _, trial in found[1:] if trial.fit]
+        alike = len(fits) > 1 and fits[-1].needed_bytes >= fits[-2].needed_bytes
+        if found[-1][1].survives or alike:
             break
     return found
 

@@ -515,9 +515,11 @@ def _list_options(command: Callable[..., int]) -> Callable[..., int]:
 @_calibration
 @_prices
 @_config
+@_plot("what is on a GPU in each row")
 def table(
     models: Sequence[str],
     config: str | None,
+    plot: str | None,
     form: str | None,
     as_json: bool,
     into: str | None,
@@ -541,29 +543,40 @@ def table(
       vramplan table llama-3.2-3b llama-3.1-8b --method full,lora,qlora --columns memory,gpu,cost
       vramplan table llama-3.2-1b --rank 8,16,32 --target-modules "q_proj,v_proj" attention --columns trainable
       vramplan table gpt2 --method lora,qlora --seq-len 512,1024 --pivot method --format markdown
+      vramplan table llama-3.1-8b --method full --parallel fsdp --num-gpus 1,2,4,8 --gpu h100 --plot gpus.svg
 
     Exit codes: 0 done; 1 a checked table is stale; 2 the question was wrong; 130 interrupted, what is done is shown.
     """
     from vramplan.planner import report_table
 
     if check is not None:
-        others = {"MODEL": models, "into": into, "between": between, "format": form, "config": config, **options}
+        others = {"MODEL": models, "into": into, "between": between, "format": form, "config": config, "plot": plot}
+        others |= options
         if given := [name for name, value in others.items() if value not in (None, ())]:
             raise UsageError(f"--check makes each table by its own caption; leave {given[0]} out (--check)")
         return _check_tables(check)
     form = "json" if as_json else form
     if form is not None:
         report_table.check_format(form)
+    _ready(plot)
     question = _table_question(models, config, options)
     if into is not None:
+        if plot:
+            raise UsageError("--plot draws what is shown, and --into writes a document; ask one at a time")
         return _table_into(into, between, form, question)
     if between is not None:
         raise UsageError("--between says where in a document the table goes; name the document (--into)")
     from vramplan.planner.table import table as make
 
-    made = make(**question, each=report_table.planning)
+    made = make(**question, each=report_table.planning, drawn=plot is not None)
     report_table.print_table(made, form or "terminal")
-    return 130 if made.missing else 0
+    if made.missing:
+        return 130
+    if plot:
+        from vramplan.planner import report_plots
+
+        report_plots.draw(plot, "rows", made, made.command)
+    return 0
 
 
 def _table_question(models: Sequence[str], config: str | None, options: dict[str, Any]) -> dict[str, Any]:

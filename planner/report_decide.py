@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
-from vramplan.planner.capacity import MOST_TOKENS
+from vramplan.planner.capacity import GPUS, MOST_TOKENS
 from vramplan.planner.errors import UsageError
 from vramplan.planner.report import Block, Row, gpus_in_use, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
@@ -47,6 +47,9 @@ def fit_page(found: Capacity) -> list[Block]:
         page.append(Block(heading, "<<", [_method(method, trial) for method, trial in found.methods]))
     if found.gpus:
         counts = [_method(f"{number:,} GPU" + "s" * (number > 1), trial) for number, trial in found.gpus]
+        number, last = found.gpus[-1]
+        if not last.survives and number < GPUS[-1]:
+            counts.append(Row(("more", "do not help: each holds as much")))
         page.append(
             Block(
                 f"Number of GPUs ({name}), batch {found.options.batch_size} x {found.options.seq_len} on each",

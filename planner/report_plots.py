@@ -1,4 +1,5 @@
-"""Pictures of plans: the step's timeline, memory on each card, batch against sequence, planned against measured.
+"""Pictures of plans: the step's timeline, memory on each card and of each row of a table, batch against sequence,
+planned against measured.
 
 matplotlib draws them (pip install 'vramplan[plot]'), without pyplot and in one style, whatever a matplotlibrc says. The
 same question gives the same SVG on the same day. Colours are Okabe and Ito's, which the colour-blind can tell apart
@@ -19,6 +20,7 @@ from vramplan.planner import prices
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.files import save
 from vramplan.planner.report import card_groups, first_of, part_of_step, percent, recipe, title
+from vramplan.planner.table import typed
 from vramplan.planner.units import GIB, format_count, format_gib
 
 if TYPE_CHECKING:
@@ -27,13 +29,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vramplan.planner.capacity import Capacity, Cell
+    from vramplan.planner import capacity
+    from vramplan.planner.capacity import Capacity
+    from vramplan.planner.memory import MemoryEstimate
     from vramplan.planner.plan import Plan
+    from vramplan.planner.table import Cell, Table
     from vramplan.planner.verify import Score
 
 TYPES = ("svg", "png", "pdf")
 PLOTS = ("timeline", "breakdown")  # of a plan
-CACHED, CONTEXT, SMALLER = "cached by PyTorch, unused", "CUDA context", "smaller parts"
+CACHED, NCCL, CONTEXT, SMALLER = "cached by PyTorch, unused", "NCCL", "CUDA context", "smaller parts"
+_ENDS = (SMALLER, CACHED, NCCL, CONTEXT)  # of every bar, in this order
+_MOST_BARS = 60
 _SMALL = 0.01  # of the whole: what is less is put together
 _COLUMNS = 4  # of the breakdown's legend
 _INK, _FAINT, _LIMIT = "#1b1b1b", "#6b6b6b", "#c00000"
@@ -50,11 +57,16 @@ COLOURS = {
     "batch": "#332288",
     "cuBLAS workspace": "#44aa99",
     "block rounding": "#999933",
+    "master weights": "#661100",
+    "gathered weights": "#117733",
+    "communication buffers": "#aa4499",
+    "gradient buckets": "#ddcc77",
     SMALLER: "#8c8c8c",
     CACHED: "#c4c4c4",
+    NCCL: "#a3a3a3",
     CONTEXT: "#5c5c5c",
 }
-_OTHERS = ("#117733", "#aa4499", "#ddcc77", "#661100")  # Paul Tol's, for parts that have no colour above
+_OTHERS = ("#88ccee", "#cc6677", "#6699cc", "#997700")  # Paul Tol's, for parts that have no colour above
 _METHODS = {"full": ("#d55e00", "s"), "lora": (_BLUE, "o"), "qlora": (_GREEN, "^")}  # colour and marker
 _STYLE = {
     "figure.dpi": 100,
@@ -108,13 +120,16 @@ def provenance(command: str) -> str:
     return f"{command}  |  vramplan {__version__}  |  {prices._today().isoformat()}"
 
 
-def draw(file: str, what: str, made: Plan | Capacity | Sequence[Score], command: str) -> None:
-    """Draws `what` ("timeline" or "breakdown" of a Plan, "frontier", "accuracy") into `file`, replacing an earlier one.
+def draw(file: str, what: str, made: Plan | Capacity | Table | Sequence[Score], command: str) -> None:
+    """Draws `what` ("timeline" or "breakdown" of a Plan, "frontier", "rows" of a Table, "accuracy") into `file`.
 
-    `command` stands in the caption. Raises UsageError where matplotlib is not installed or the file cannot be written.
+    An earlier picture is replaced. `command` stands in the caption. Raises UsageError where matplotlib is not installed
+    or the file cannot be written.
     """
     ending = ready(file)
-    drawn: Any = {"timeline": timeline, "breakdown": breakdown, "frontier": frontier, "accuracy": accuracy}[what]
+    drawn: Any = {
+        "timeline": timeline, "breakdown": breakdown, "frontier": frontier, "rows": rows, "accuracy": accuracy
+    }[what]  # fmt: skip
     undated = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}  # the day is in the caption
     out = io.BytesIO()
     with _style():
@@ -225,9 +240,6 @@ def bars(plan: Plan) -> list[Bar]:
 
     Only the CUDA context differs between them; it is that part of it which counts against what CUDA sees.
     """
-    memory = plan.memory
-    parts = {each.name: each.bytes for each in memory.components}
-    parts[CACHED] = memory.peak_reserved_bytes - memory.peak_allocated_bytes
     small, large = card_groups(plan.gpus)
     groups = [*small, *large]
     fits = {group[0].gpu.name + f" and {len(group) - 1} more" * (len(group) > 1): group[0] for group in groups}
@@ -235,9 +247,46 @@ def bars(plan: Plan) -> list[Bar]:
         others = {label: fit for label, fit in fits.items() if fit.gpu.memory_gb != plan.fit.gpu.memory_gb}
         fits = {plan.fit.gpu.name: plan.fit} | others
     return [
-        Bar(label, parts | {CONTEXT: fit.needed_bytes - memory.peak_reserved_bytes}, fit.gpu.budget_bytes)
+        Bar(label, _parts(plan.memory, fit.needed_bytes), fit.gpu.budget_bytes)
         for label, fit in sorted(fits.items(), key=lambda each: each[1].gpu.budget_bytes)
     ]
+
+
+def _parts(memory: MemoryEstimate, needed_bytes: int) -> dict[str, int]:
+    """What is on a GPU at the peak, `needed_bytes` in all."""
+    return {
+        **{each.name: each.bytes for each in memory.components},
+        CACHED: memory.peak_reserved_bytes - memory.peak_allocated_bytes,
+        **({NCCL: memory.nccl_bytes} if memory.nccl_bytes else {}),
+        CONTEXT: needed_bytes - memory.peak_reserved_bytes - memory.nccl_bytes,
+    }
+
+
+def rows(table: Table) -> Figure:
+    """What is on a GPU in each row of a table that was made to be drawn: bars in its order."""
+    given: dict[str, Bar] = {}  # cells that one GPU makes alike are one row
+    for cell in table.cells:
+        if (memory := cell.memory) is not None:
+            nbytes = memory.device_bytes if cell.budget_bytes is None else memory.needed_bytes
+            label = _label(table, cell)
+            given[label] = Bar(label, _parts(memory, nbytes), cell.budget_bytes)
+    if len(given) > _MOST_BARS:
+        raise UsageError(f"these are {len(given)} bars, and a picture holds {_MOST_BARS}; leave values out (--plot)")
+    names = {axis.name: axis.values for axis in table.axes}
+    model = f": {names['model'][0]}" if len(names["model"]) == 1 else ""
+    return stacked(f"Memory of each GPU at the peak{model}", list(given.values()), "memory that CUDA sees")
+
+
+def _label(table: Table, cell: Cell) -> str:
+    """A row's values on the axes that tell rows apart; an option's with its name."""
+    words = []
+    for place in table.varied:
+        name, value = table.axes[place].name, cell.labels[place]
+        if name == "num_gpus":
+            words.append("1 GPU" if value == 1 else f"{value:,} GPUs")
+        elif value is not None:
+            words.append(typed(value) if name in ("model", "gpu", "method", "parallel") else f"{name} {typed(value)}")
+    return ", ".join(words)
 
 
 def stacked(heading: str, given: Sequence[Bar], limit: str = "the limit") -> Figure:
@@ -246,7 +295,7 @@ def stacked(heading: str, given: Sequence[Bar], limit: str = "the limit") -> Fig
     Parts below a hundredth of the largest bar are put together.
     """
     given = together(given)
-    names = list(dict.fromkeys(name for bar in given for name in bar.parts))
+    names = sorted(dict.fromkeys(name for bar in given for name in bar.parts), key=lambda name: name in _ENDS)
     colours = colours_of(names)
     figure = _figure(heading, 9, 1.7 + 0.42 * len(given) + 0.21 * -(-len(names) // _COLUMNS))
     axes = figure.add_subplot()
@@ -293,7 +342,7 @@ def together(given: Sequence[Bar]) -> list[Bar]:
     for bar in given:
         parts = {name: bar.parts.get(name, 0) for name in names if name not in small}
         rest = sum(size for name, size in bar.parts.items() if name in small)
-        ends = {name: parts.pop(name) for name in (CACHED, CONTEXT) if name in parts}
+        ends = {name: parts.pop(name) for name in _ENDS if name in parts}
         answer.append(bar._replace(parts=parts | ({SMALLER: rest} if rest else {}) | ends))
     return answer
 
@@ -346,7 +395,7 @@ def frontier(found: Capacity) -> Figure:
     return figure
 
 
-def _method(cell: Cell) -> str:
+def _method(cell: capacity.Cell) -> str:
     return cell.method
 
 

@@ -22,7 +22,7 @@ from vramplan.planner.plan import _count
 from vramplan.planner.plan import plan as make
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import KNOWN, parse_stack
-from vramplan.planner.training import OPTIONS, flags, for_method, parse_options, read_value, settle
+from vramplan.planner.training import OPTIONS, flags, for_gpus, for_method, parse_options, read_value, settle
 from vramplan.planner.trial import one_after_another
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from vramplan.planner.cost import Cost
     from vramplan.planner.fit import Fit
+    from vramplan.planner.memory import MemoryEstimate
     from vramplan.planner.parameters import ParameterCounts
     from vramplan.planner.plan import Plan
     from vramplan.planner.prices import Offer
@@ -77,8 +78,9 @@ class Axis(NamedTuple):
 class Cell(NamedTuple):
     """One combination: each column's value or why there is none; `refused` says why there can be no such run.
 
-    `labels` are the values on the table's axes; None where the cell's method has no such option. `offer` is the one
-    that hours and dollars are of; `calibrated` whether the plan uses what a probe learned on this machine.
+    `labels` are the values on the table's axes; None where the run has no such option. `offer` is the one that hours
+    and dollars are of; `calibrated` whether the plan uses what a probe learned on this machine. For a picture, `memory`
+    is the plan's and `budget_bytes` what CUDA sees of its GPU where one is named.
     """
 
     labels: tuple[object, ...]
@@ -88,6 +90,8 @@ class Cell(NamedTuple):
     offer: Offer | None = None
     run: TrainingOptions | None = None
     calibrated: bool = False
+    memory: MemoryEstimate | None = None
+    budget_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +274,7 @@ def table(
     prices: str | os.PathLike[str] | None = None,
     today: datetime.date | None = None,
     each: Each = one_after_another,
+    drawn: bool = False,
     **options: object,
 ) -> Table:
     """Every combination of `models` and of the options' values, in the order they are named; arguments as `plan`'s.
@@ -277,7 +282,8 @@ def table(
     A list of values makes an axis; one set of target_modules is a text with commas, or a list inside the list. Where
     methods are compared, what a method does not have is left out of its runs. `pivot` names the axis whose values stand
     side by side. `each` works tasks out, possibly elsewhere and in any order, and yields their answers; what it does
-    not yield is missing. Raises UsageError for what is wrong in itself, and where no combination can be planned.
+    not yield is missing. `drawn`: cells keep what a picture of them takes. Raises UsageError for what is wrong in
+    itself, and where no combination can be planned.
     """
     sources = _named(models)
     axes = [Axis("model", tuple(sources)), *_axes(options, gpu, stack)]
@@ -298,7 +304,7 @@ def table(
         given = resolved.name if resolved.source == "bundled" else resolved.config
         asked, names_shown = tuple(of_model), tuple(column.name for column in shown_columns)
         for start in range(0, len(asked), chunk):
-            tasks.append(partial(work, given, names_shown, calibration, prices, asked[start : start + chunk]))
+            tasks.append(partial(work, given, names_shown, calibration, prices, asked[start : start + chunk], drawn))
     found = {place: cell for answers in each(tasks) for place, cell in answers}
     cells = tuple(found.get(q.place, Cell(q.labels, refused="interrupted before it was planned")) for q in questions)
     if found and all(cell.refused for cell in found.values()):
@@ -335,13 +341,14 @@ def work(
     calibration: bool,
     prices: str | os.PathLike[str] | None,
     questions: Iterable[Question],
+    drawn: bool = False,
 ) -> list[tuple[int, Cell]]:
     """The cells of some combinations of one model, each with its place."""
     try:
         place = _Place(model, calibration, prices)
     except UsageError as error:
         return [(q.place, Cell(q.labels, refused=str(error))) for q in questions]
-    return [(question.place, _cell(place, columns, question)) for question in questions]
+    return [(question.place, _cell(place, columns, question, drawn)) for question in questions]
 
 
 @dataclass(slots=True)
@@ -358,10 +365,14 @@ class _Place:
         self.architecture = parse(resolve_model(self.model).config)
 
 
-def _cell(place: _Place, columns: tuple[str, ...], question: Question) -> Cell:
+def _cell(place: _Place, columns: tuple[str, ...], question: Question, drawn: bool) -> Cell:
+    memory, budget = None, None
     try:
         answer = Answer(place, question.gpu, question.stack, question.asked)
         values = tuple(COLUMNS[name].value(answer) for name in columns)
+        if drawn:
+            memory, fit = answer.plan.memory, answer.plan.fit
+            budget = fit.gpu.budget_bytes if fit else None
     except UsageError as error:
         return Cell(question.labels, refused=str(error))
     warnings, offer, calibrated = answer.warnings, None, False
@@ -372,7 +383,7 @@ def _cell(place: _Place, columns: tuple[str, ...], question: Question) -> Cell:
         if learned := answer.plan.device.calibration:
             calibrated = True
             warnings += (f"calibrated by {learned.gpu} of the machine that made the table, {learned.date}",)
-    return Cell(question.labels, values, "", warnings, offer, answer.run, calibrated)
+    return Cell(question.labels, values, "", warnings, offer, answer.run, calibrated, memory, budget)
 
 
 def _named(models: Sequence[Source]) -> dict[str, Source]:
@@ -422,11 +433,14 @@ def _columns(given: str | Sequence[str] | None, on_gpu: bool) -> list[Column]:
 
 
 def _asked(axes: Sequence[Axis], values: Sequence[Any]) -> tuple[tuple[object, ...], str, str | None, str, Asked]:
-    """A combination's labels, model, GPU, stack and options; an option that its method does not have is left out."""
+    """A combination's labels, model, GPU, stack and options; what its method or one GPU does not have is left out."""
     chosen = dict(zip((axis.name for axis in axes), values, strict=True))
     asked = {name: value for name, value in chosen.items() if name in OPTIONS}
-    if any(axis.name == "method" and len(axis.values) > 1 for axis in axes):
+    compared = {axis.name for axis in axes if len(axis.values) > 1}
+    if "method" in compared:
         asked = for_method(asked, chosen["method"])
+    if "num_gpus" in compared:
+        asked = for_gpus(asked, chosen["num_gpus"]) | {"num_gpus": chosen["num_gpus"]}
     labels = tuple(None if name in OPTIONS and name not in asked else value for name, value in chosen.items())
     return labels, chosen["model"], chosen.get("gpu"), chosen["stack"], asked
 

@@ -242,6 +242,13 @@ def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
     return {name: value for name, value in options.items() if name not in without} | {"method": method}
 
 
+def for_gpus(options: Mapping[str, object], num_gpus: object) -> dict[str, object]:
+    """The same question of so many GPUs: of one, how the work is shared is left out."""
+    without = ("num_gpus", "parallel", *_SHARDING) if num_gpus == 1 else ("num_gpus",)
+    number = {} if num_gpus == 1 else {"num_gpus": num_gpus}
+    return {name: value for name, value in options.items() if name not in without} | number
+
+
 def flags(options: Mapping[str, object]) -> str:
     """Options as they are typed, ready for a shell: "--rank 8 --no-padded"."""
     words: list[str] = []

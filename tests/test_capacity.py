@@ -159,6 +159,17 @@ def test_as_many_gpus_are_tried_as_the_run_needs() -> None:
     page = "\n".join(plain(fit_page(found)))
     assert "4 GPUs" in page
     assert [row["num_gpus"] for row in found.to_dict()["gpus"]] == [1, 2, 4]
+    assert found.command.endswith("--num-gpus 4 --parallel fsdp --gpu 5GiB")
+
+
+def test_more_gpus_that_hold_as_much_are_not_tried() -> None:
+    found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp", num_gpus=8)
+    assert [number for number, _ in found.gpus] == [1, 2, 4]
+    assert not found.fits
+    assert "do not help: each holds as much" in "\n".join(plain(fit_page(found)))
+    alone = fit("qwen2.5-0.5b", gpu="24GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp", num_gpus=8)
+    assert [number for number, _ in alone.gpus] == [1]
+    assert alone.command == "vramplan qwen2.5-0.5b --method full --seq-len 256 --gpu 24GiB"
 
 
 @pytest.mark.parametrize(

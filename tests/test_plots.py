@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -18,7 +19,19 @@ from test_capacity import GPU, MODEL
 from vramplan import UsageError, __version__, plan
 from vramplan.planner import capacity, cli, report_plots, verify
 from vramplan.planner.report import title
-from vramplan.planner.report_plots import CACHED, CONTEXT, SMALLER, Bar, bars, colours_of, draw, stacked, together
+from vramplan.planner.report_plots import (
+    CACHED,
+    CONTEXT,
+    NCCL,
+    SMALLER,
+    Bar,
+    bars,
+    colours_of,
+    draw,
+    stacked,
+    together,
+)
+from vramplan.planner.table import table
 from vramplan.planner.units import GIB, format_gib
 
 if TYPE_CHECKING:
@@ -115,8 +128,28 @@ def test_one_card_of_a_size_and_the_named_one_of_its_own(gpt2: Plan) -> None:
     assert [bar.label for bar in bars(gpt2)].count("rtx-3080") == 1
 
 
+def test_memory_of_each_gpu_is_a_bar(gpt2: Plan) -> None:
+    """Over the number of GPUs: one bar for one GPU, however the others share the work."""
+    asked = {"method": "full", "seq_len": 512, "parallel": ["ddp", "fsdp"], "num_gpus": [1, 2, 64]}
+    made = table(["gpt2"], gpu="rtx-3080", drawn=True, **asked)
+    figure = report_plots.rows(made)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["1 GPU", "ddp, 2 GPUs", "ddp, 64 GPUs", "fsdp, 2 GPUs", "fsdp, 64 GPUs"]
+    drawn = widths(figure)
+    names = list(drawn)
+    assert names[-4:] == [SMALLER, CACHED, NCCL, CONTEXT]
+    of_64 = plan("gpt2", gpu="rtx-3080", method="full", seq_len=512, parallel="fsdp", num_gpus=64)
+    for place, each in ((0, gpt2), (4, of_64)):
+        assert each.fit
+        assert sum(drawn[name][place] for name in names) == pytest.approx(each.fit.needed_bytes, abs=len(names))
+        assert drawn[NCCL][place] == pytest.approx(each.memory.nccl_bytes, abs=1)
+    cells = [made.cells[0]._replace(labels=(f"model {n}", *made.cells[0].labels[1:])) for n in range(61)]
+    models = made.axes[0]._replace(values=("model 0", "model 1"))
+    with pytest.raises(UsageError, match=r"these are 61 bars, and a picture holds 60; leave values out \(--plot\)"):
+        report_plots.rows(replace(made, axes=(models, *made.axes[1:]), cells=tuple(cells)))
+
+
 def test_stacks_of_anything() -> None:
-    """As memory on each rank of 1 to 64 GPUs would be drawn."""
     given = [Bar(f"{n} GPUs", {"weights": 8 * GIB, "shard of something": 64 * GIB // n}, 80 * GIB) for n in (1, 8, 64)]
     figure = stacked("ranks", [*given, Bar("host", {"weights": GIB})])
     assert widths(figure) == {
@@ -247,6 +280,21 @@ def test_fit_and_verify_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[
     runs.write_text(json.dumps(measured()) + "\n")
     assert run("verify", str(runs), "--plot", str(tmp_path / "accuracy.svg")) == 0
     assert "planned, GiB" in texts(tmp_path / "accuracy.svg")
+
+
+def test_a_table_is_drawn_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "gpus.svg"
+    words = ("gpt2", "--seq-len", "512", "--num-gpus", "1,4", "--parallel", "fsdp")
+    assert run("table", *words, "--plot", str(file)) == 0
+    assert "num_gpus" in capsys.readouterr().out
+    drawn = texts(file)
+    assert {"1 GPU", "4 GPUs", "Memory of each GPU at the peak: gpt2"} <= set(drawn)
+    assert "memory that CUDA sees" not in drawn  # no card is named
+    assert any(each.startswith("vramplan table gpt2 --seq-len 512 --num-gpus 1,4") for each in drawn)
+    assert run("table", *words, "--plot", str(file), "--into", "a.md", "--between", "b") == 2
+    assert "--plot draws what is shown, and --into writes a document" in capsys.readouterr().err
+    assert run("table", "--check", "a.md", "--plot", str(file)) == 2
+    assert "leave plot out (--check)" in capsys.readouterr().err
 
 
 def measured() -> dict[str, Any]:

@@ -93,6 +93,17 @@ def test_the_product_in_the_order_it_is_named() -> None:
     ]
 
 
+def test_one_gpu_shares_with_none() -> None:
+    found = made(num_gpus=[1, 2], parallel=["fsdp", "zero2"], cpu_offload=[False], method="full", columns="allocated")
+    assert [row[:2] for row in rows(found)] == [["num_gpus", "parallel"], ["1", "-"], ["2", "fsdp"], ["2", "zero2"]]
+    alone = plan("tiny.json", method="full")
+    assert found.cells[0].values == (alone.memory.peak_allocated_bytes,)
+    assert found.cells[0].run is not None
+    assert found.cells[0].run.as_dict() == alone.options.as_dict()
+    (lost,) = made(num_gpus=1, parallel=["fsdp", "none"], columns="allocated").cells[:1]
+    assert lost.refused  # where the number is not varied, it is a wrong question
+
+
 def test_each_cell_is_its_plan() -> None:
     columns = [name for name, column in COLUMNS.items() if column.name not in ("hours", "cost", "kwh", "offer")]
     found = made(method=["full", "qlora"], seq_len=[64, 128], gpu="rtx-4090", columns=columns, stack="torch=2.12")
