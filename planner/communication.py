@@ -12,6 +12,7 @@ sum (NCCL, docs/usage/collectives). Sources of the copies: torch/distributed/fsd
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from vramplan.planner import traffic
@@ -40,8 +41,16 @@ def micro_step(run: Run, sections: Sequence[Section], *, last: bool) -> list[Sec
     return list(sections)
 
 
+def unknown(run: Run) -> bool:
+    """Whether a step's time is not planned: what DeepSpeed's optimizer takes in host memory has not been measured."""
+    return isinstance(run.sharing, Zero) and run.sharing.cpu_offload
+
+
 def update(run: Run, sections: Sequence[Section]) -> list[Section]:
-    """The optimizer's sections: ZeRO 1 and 2 gather the weights that were stepped; FSDP's tensors are DTensors."""
+    """The optimizer's sections: ZeRO 1 and 2 gather the weights that were stepped; FSDP's tensors are DTensors.
+
+    What is offloaded is clipped and stepped where it is, in host memory.
+    """
     found = list(sections)
     if isinstance(run.sharing, Zero) and not isinstance(run.sharing, Zero3):
         n, item = run.sharing.ranks, ITEMSIZE[run.settings.weights_dtype]
@@ -49,6 +58,13 @@ def update(run: Run, sections: Sequence[Section]) -> list[Section]:
         found[-1] = replace(found[-1], reduced=gathered)
     if isinstance(run.sharing, Fsdp):
         found = [replace(each, sharded=True) for each in found]
+        if run.sharing.cpu_offload:
+            shares = [s for unit in run.sharing.units(run).all for s in unit.shares if s.trained]
+            numel = sum(prod(s.local(run.sharing.ranks)) for s in shares)
+            found = [
+                Section(name, tensors=len(shares), in_host=numel, sharded=True, by=by)
+                for name, by in ((traffic.CLIPPING, ""), (traffic.OPTIMIZER, run.optimizer.name))
+            ]
     return found
 
 
@@ -72,7 +88,7 @@ def _gathered(run: Run, sections: Sequence[Section], *, last: bool) -> list[Sect
             return section
         key = (id(section), hash(tuple((s.shape, s.dtype, s.gathered, s.trained) for s in unit.shares)), gather, reduce)
         if key not in known:
-            known[key] = _with(section, unit, n, gather=gather, reduce=reduce and last)
+            known[key] = _with(section, unit, n, gather=gather, reduce=reduce and last, offload=sharing.cpu_offload)
         return known[key]
 
     return [
@@ -85,17 +101,22 @@ def _gathered(run: Run, sections: Sequence[Section], *, last: bool) -> list[Sect
     ]
 
 
-def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool) -> Section:
-    """A section with a unit's gathering before it, the reduction of its gradients after it, and the copies for both."""
+def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool, offload: bool) -> Section:
+    """A section with a unit's gathering before it, the reduction of its gradients after it, and the copies for both.
+
+    `offload`: shards come from host memory as they are held there, and gradients go there.
+    """
     whole, cast = sum(unit.whole(n)), unit.cast(n)
     numel, wide = unit.reduced(n)
     low = next((ITEMSIZE[s.gathered] for s in unit.shares if s.trained), 0)
     kernels = section.kernels.copy()
     hooks = section.hooks
-    gathered = reduced = 0
+    gathered = reduced = fetched = stored = 0
+    shards = list(zip(unit.shares, unit.shards(n), strict=True))
     if gather:
+        fetched = sum(nbytes for _, nbytes in shards) if offload else 0
         gathered = whole * (n - 1) // n
-        held = sum(nbytes for s, nbytes in zip(unit.shares, unit.shards(n), strict=True) if s.gathered != s.dtype)
+        held = sum(nbytes for s, nbytes in shards if s.gathered != s.dtype)
         if cast:
             kernels[Kernel(COPIES, 0, held + cast)] += 1
         kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1  # into the buffer
@@ -103,11 +124,14 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool) -
         hooks = hooks._replace(gathers=1, weights=len(unit.shares))
     if reduce and numel:
         reduced = numel * low * (n - 1)
+        stored = sum(nbytes for s, nbytes in shards if s.trained) if offload else 0
         kernels[Kernel(COPIES, 0, 2 * n * numel * low)] += 1  # side by side
         if wide != low:
             kernels[Kernel(COPIES, 0, numel * (low + wide))] += 1
         hooks = hooks._replace(reductions=1, gradients=sum(s.trained for s in unit.shares))
-    return replace(section, kernels=kernels, gathered=gathered, reduced=reduced, hooks=hooks)
+    return replace(
+        section, kernels=kernels, gathered=gathered, reduced=reduced, fetched=fetched, stored=stored, hooks=hooks
+    )
 
 
 def _in_buckets(run: Run, sections: Sequence[Section], times: float) -> list[Section]:

@@ -89,13 +89,17 @@ class Plan:
         return made, (*warnings, *([stale] if stale else []))
 
     def sizes(self) -> tuple[Component, ...]:
-        """What the run needs beside the GPU: the download, host memory while loading, checkpoints, disk."""
+        """What the run needs beside the GPU: the download, host memory, checkpoints, disk."""
         from vramplan.planner import cost, sizes
 
         hub_total = self.bundled.hub_total if self.bundled else None
         published = sizes.published_dtype(self.model.config)
         built = as_of(self.architecture, self.stack.transformers)
-        return sizes.sizes(built, self.counts, self.options, cost.work(self.options).steps, published, hub_total)
+        steps = cost.work(self.options).steps
+        run = None
+        if self.options.cpu_offload:
+            run = memory.run_of(self.architecture, self.options, self.device, self.counts)
+        return sizes.sizes(built, self.counts, self.options, steps, published, hub_total, run)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""

@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vramplan.planner import around, loading
+from vramplan.planner import around, loading, optimizer
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
 from vramplan.planner.units import format_bytes
 
@@ -69,6 +69,9 @@ class Sharing(Protocol):
 
     def update(self, run: Run, first: bool) -> list[Stretch]:
         """Clipping and the optimizer's step."""
+
+    def in_host_memory(self, run: Run) -> dict[str, int]:
+        """Bytes that a rank keeps in host memory while it trains, by what they are."""
 
     def notes(self, run: Run) -> list[str]:
         """What a reader needs to know of it."""
@@ -236,6 +239,10 @@ class Ddp:
         """As on one GPU."""
         return run.update_alone(first)
 
+    def in_host_memory(self, run: Run) -> dict[str, int]:  # noqa: ARG002
+        """Nothing."""
+        return {}
+
     def notes(self, run: Run) -> list[str]:
         """What DDP holds twice."""
         wide = sum(run.program.sizes[i] for i in self._buckets)
@@ -357,6 +364,23 @@ class Fsdp:
             events += [2 * program.new(size, label, "weights") for label, size in loading.buffers(run.architecture)]
         return (*before, Stretch("sharding", [*events, *gone]))
 
+    def in_host_memory(self, run: Run) -> dict[str, int]:
+        """Bytes that a rank keeps in host memory while it trains: what is offloaded.
+
+        Shards are pinned, and so are their gradients, whose memory PyTorch keeps for the next step; each block of
+        pinned memory is rounded up to a power of two (CachingHostAllocator.h, PowerOf2Ceil).
+        """
+        if not self.cpu_offload:
+            return {}
+        units = self.units(run).all
+        shards = [each for unit in units for each in zip(unit.shares, unit.shards(self.ranks), strict=True)]
+        states = [optimizer.state_bytes(run.optimizer, s.local(self.ranks), s.dtype) for s, _ in shards if s.trained]
+        return {
+            "shards": sum(_pinned(nbytes) for _, nbytes in shards),
+            "gradients": sum(_pinned(nbytes) for s, nbytes in shards if s.trained),
+            "optimizer states": sum(states),
+        }
+
     def update(self, run: Run, first: bool) -> list[Stretch]:
         """As on one GPU, on the shards; nothing where they are in host memory."""
         return [] if self.cpu_offload else run.update_alone(first)
@@ -384,6 +408,10 @@ class Fsdp:
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:
         """The hooks of fully_shard around forward and backward; without `last` no gradient is added up (no_sync)."""
         return _Hooks(self, run, made, first, last).play()
+
+
+def _pinned(nbytes: int) -> int:
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 # What of a 4-bit weight is no parameter, so that every rank keeps it whole (bitsandbytes, QuantState); and buffers.

@@ -1,4 +1,4 @@
-"""What a run needs beside the GPU: what is downloaded, host memory while loading, and what it writes to disk.
+"""What a run needs beside the GPU: what is downloaded, host memory, and what it writes to disk.
 
 Data is counted exactly. What frames it is not, where it is small: a safetensors file written in shards repeats some
 bytes of its header; torch.save adds under 320 B for each tensor of optimizer.pt and under 2 KiB for the file; the
@@ -9,21 +9,26 @@ without a tokenizer's. tests/test_sizes.py holds all of it against files that tr
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from vramplan.planner import optimizer
 from vramplan.planner.memory import Component
 from vramplan.planner.paper import ITEMSIZE
 from vramplan.planner.parameters import safetensors_bytes
+from vramplan.planner.throughput import HOST_GPUS
 from vramplan.planner.trainer import TRAINERS
-from vramplan.planner.units import format_count
+from vramplan.planner.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from vramplan.planner.layers import Architecture
     from vramplan.planner.parameters import ParameterCounts
+    from vramplan.planner.run import Run
     from vramplan.planner.training import TrainingOptions
+
+    _Trained = tuple[tuple[int, ...], str, bool]
 
 SAVE_STEPS = 500  # transformers/training_args.py, save_steps; save_total_limit is None, so every checkpoint stays
 _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -57,28 +62,52 @@ def download(architecture: Architecture, dtype: str, elements: int | None = None
 
 
 def host_memory(architecture: Architecture, options: TrainingOptions, published: str) -> Component:
-    """Host memory that loading takes beside the process itself and beside the file's pages, which the kernel can drop.
+    """Host memory that loading takes beside the processes themselves and beside the file's pages, which the kernel can
+    drop; of several GPUs, for all ranks of one host.
 
     safetensors maps the file. In the dtype asked for, a weight is the mapped page itself until it goes to the GPU; in
-    another it is a copy. A quantised base goes to the GPU weight by weight, in one thread.
+    another it is a copy. A quantised base goes to the GPU weight by weight, in one thread. Under FSDP with mixed
+    precision accelerate makes a copy of all that is trained, in float32, on every rank.
     """
-    itemsize = ITEMSIZE[options.weights_dtype]
+    held = _held(options) if options.method == "full" else options.weights_dtype
+    itemsize = ITEMSIZE[held]
+    ranks = min(options.num_gpus, HOST_GPUS)
+    each = f", on each of {ranks} ranks of a host" if ranks > 1 else ""
     where = "transformers/modeling_utils.py, safe_open(backend='mmap'); core_model_loading.py, _materialize_copy"
-    if options.weights_dtype == published:
+    if held == published:
         return Component("host memory, loading", 0, f"weights stay in the mapped file, {published} as published", where)
     if options.method == "qlora":
         largest = max(weight.numel for _, _, weight in architecture.weights())
-        how = f"the largest weight, {format_count(largest)} x {itemsize} B, while it is cast to {options.weights_dtype}"
-        return Component("host memory, loading", largest * itemsize, how, where)
+        how = f"the largest weight, {format_count(largest)} x {itemsize} B, while it is cast to {held}{each}"
+        return Component("host memory, loading", ranks * largest * itemsize, how, where)
     total = architecture.total_parameters
-    how = f"{format_count(total)} weights x {itemsize} B, cast from {published} to {options.weights_dtype}"
-    return Component("host memory, loading", total * itemsize, how, where)
+    how = f"{format_count(total)} weights x {itemsize} B, cast from {published} to {held}{each}"
+    if held != options.weights_dtype:
+        where += "; accelerate/utils/fsdp_utils.py, fsdp2_prepare_model"
+        how += "; with fsdp_config's cpu_ram_efficient_loading on one alone"
+    return Component("host memory, loading", ranks * total * itemsize, how, where)
 
 
-def checkpoint(
-    architecture: Architecture, counts: ParameterCounts, options: TrainingOptions
-) -> tuple[Component, Component]:
-    """What Trainer writes at each save: the trained weights, and the optimizer's states, paged ones included."""
+def offloaded(run: Run, num_gpus: int) -> Component | None:
+    """Host memory that all ranks of one host take for what is offloaded, once they train; None where nothing is."""
+    if run.sharing is None or not (parts := run.sharing.in_host_memory(run)):
+        return None
+    ranks = min(num_gpus, HOST_GPUS)
+    how = " + ".join(f"{format_bytes(size)} of {name}" for name, size in parts.items())
+    return Component(
+        "host memory, offload",
+        ranks * sum(parts.values()),
+        f"({how}) x {ranks} ranks of a host",
+        "torch/distributed/fsdp, _fsdp_param.py (pin_memory); deepspeed/runtime/zero, stage_1_and_2.py, stage3.py",
+    )
+
+
+def checkpoint(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> tuple[Component, ...]:
+    """What Trainer writes at each save: the trained weights, and the optimizer's states, paged ones included.
+
+    Under FSDP2 with FULL_STATE_DICT, the default, the weights are written a second time for resuming; DeepSpeed writes
+    a folder of its own, in which the weights are once more, and of ZeRO 3 only in float32.
+    """
     if options.lora:
         weights = Component(
             "adapter_model.safetensors",
@@ -95,14 +124,43 @@ def checkpoint(
             "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
         )
     used = optimizer.get(options.optimizer)
+    trained = list(_trained(architecture, counts, options))
+    if options.parallel.startswith("zero"):
+        return _deepspeed(weights, used, trained, options)
+    sharded = options.parallel == "fsdp"
     states = Component(
-        "optimizer.pt",
-        sum(_state_bytes(used, *each) for each in _trained(architecture, counts, options))
-        + (len(used.tables) * optimizer.TABLE_BYTES),
+        "optimizer.bin" if sharded else "optimizer.pt",
+        sum(_state_bytes(used, *each) for each in trained) + (len(used.tables) * optimizer.TABLE_BYTES),
         f"{used.name}'s states of {format_count(counts.trainable)} weights",
         f"transformers/trainer.py, _save_optimizer_and_scheduler; {used.source}",
     )
-    return weights, states
+    if not sharded:
+        return weights, states
+    again = Component(
+        "pytorch_model_fsdp.bin",
+        sum(prod(shape) * ITEMSIZE[dtype] for shape, dtype, _ in trained),
+        f"{format_count(counts.trainable)} weights that are trained, once more",
+        "accelerate/utils/fsdp_utils.py, save_fsdp_model",
+    )
+    return weights, again, states
+
+
+def _deepspeed(
+    weights: Component, used: optimizer.Optimizer, trained: list[_Trained], options: TrainingOptions
+) -> tuple[Component, ...]:
+    """DeepSpeed's folder beside the weights, which the Trainer does not write of a whole model under ZeRO 3."""
+    numel = sum(prod(shape) for shape, _, _ in trained)
+    states = sum(optimizer.state_bytes(used, shape, "fp32") for shape, _, _ in trained)
+    third = options.parallel == "zero3"
+    low = 0 if third else ITEMSIZE[options.weights_dtype]
+    folder = Component(
+        "global_step*/",
+        numel * (low + 4) + states,
+        f"{used.name}'s states of {format_count(numel)} weights in float32, the weights with 4 B"
+        + f" and with {low} B" * bool(low),
+        "transformers/trainer.py, _save_optimizer_and_scheduler; deepspeed/runtime/engine.py, save_checkpoint",
+    )
+    return (folder,) if third and not options.lora else (weights, folder)
 
 
 def disk(base: Component, saved: tuple[Component, ...], steps: int) -> Component:
@@ -124,10 +182,12 @@ def sizes(
     steps: int,
     published: str | None,
     elements: int | None = None,
+    run: Run | None = None,
 ) -> tuple[Component, ...]:
-    """Every size above: the download, host memory while loading, a checkpoint's two large files, and disk.
+    """Every size above: the download, host memory, a checkpoint's two large files, and disk.
 
-    `published` is the dtype of the weights' files; bf16 is assumed, and said to be, where that is None.
+    `run` is played for what is offloaded; `published` is the dtype of the weights' files: bf16 is assumed, and said to
+    be, where that is None.
     """
     dtype = published or _MOST
     base, host = download(architecture, dtype, elements), host_memory(architecture, options, dtype)
@@ -135,7 +195,8 @@ def sizes(
         assumed = f"; {dtype} is assumed, the config names no dtype"
         base, host = (replace(part, formula=part.formula + assumed) for part in (base, host))
     saved = checkpoint(architecture, counts, options)
-    return base, host, *saved, disk(base, saved, steps)
+    kept = None if run is None else offloaded(run, options.num_gpus)
+    return base, host, *([kept] if kept else []), *saved, disk(base, saved, steps)
 
 
 def _held(options: TrainingOptions) -> str:
@@ -149,9 +210,7 @@ def _safetensors(architecture: Architecture, dtype: str, *, held: bool = False) 
     return safetensors_bytes([(name, _SAFETENSORS[dtype], shape) for name, dtype, shape in named])
 
 
-def _trained(
-    architecture: Architecture, counts: ParameterCounts, options: TrainingOptions
-) -> Iterator[tuple[tuple[int, ...], str, bool]]:
+def _trained(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> Iterator[_Trained]:
     """Shape and dtype of every trained weight, and whether it is an nn.Embedding's."""
     if options.lora:
         dtype = TRAINERS[options.trainer].adapter_dtype(options.method)

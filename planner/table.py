@@ -187,7 +187,9 @@ def _fit(of: Callable[[Fit], object]) -> Callable[[Answer], object]:
 
 
 def _time(of: Callable[[Any], object]) -> Callable[[Answer], object]:
-    return lambda a: of(a.plan.time) if a.plan.time else Missing("this GPU's rates are not known")
+    return lambda a: (
+        of(a.plan.time) if a.plan.time else Missing("this GPU's rates, or what the run does, are not known")
+    )
 
 
 def _smallest(answer: Answer) -> object:
@@ -205,7 +207,8 @@ def _share(answer: Answer) -> float:
 
 
 def _checkpoint(answer: Answer) -> object:
-    return answer.sizes["adapter_model.safetensors" if answer.run.lora else "model.safetensors"]
+    size = answer.sizes.get("adapter_model.safetensors" if answer.run.lora else "model.safetensors")
+    return Missing("DeepSpeed's own folder holds the weights") if size is None else size
 
 
 def _electricity(answer: Answer) -> object:

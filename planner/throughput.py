@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vramplan.planner.traffic import Kernel, Section
 
 WAITING, LINKED = "the GPU waits for the host", "the GPU waits for other GPUs"
+FETCHED, IN_HOST = "the GPU waits for host memory", "clipping and optimizer in host memory"
 
 
 class Range(NamedTuple):
@@ -83,7 +84,7 @@ class Host(NamedTuple):
     """Seconds of the host: for an op that Python calls and one of autograd's; besides, for a product in 4 bits and for
     its backward, and for a checkpointed layer's forward and backward.
 
-    `speed` scales what the optimizer's Python takes (`_TENSOR_S`).
+    `speed` scales what the optimizer's Python takes (`_TENSOR_S`), `loops` what it takes of weights in host memory.
     """
 
     forward_op_s: float
@@ -93,6 +94,7 @@ class Host(NamedTuple):
     checkpoint_forward_s: float
     checkpoint_backward_s: float
     speed: float = 1.0
+    loops: float = 1.0
 
 
 # Measured on the host of an H200 (Xeon at 2.1 GHz, Python 3.12, torch 2.11) with models so small that the GPU always
@@ -129,13 +131,21 @@ _DTENSOR_S = 24e-6
 # Ranks wait at every collective for the slowest of them, so the quickest rounds never come: the median of the same.
 _SEVERAL_HOSTS = 1.2
 _TENSOR_CLIPPING_S = 6.7e-6
+# CPU offload, measured by itself (probes/offload_times.py, tables/offload_times.json): copies of 256 MiB between pinned
+# memory and an H200 took 0.86 of PCIe's 64 GB/s, of 1 MiB 0.54; the slow end is assumed. Seconds of the host for each
+# weight in float32, with the one thread that torchrun leaves a rank, in tensors too large for the CPU's caches.
+_PCIE = Range(0.86, 0.86, 0.54)
+_WEIGHT_S = {"adamw_torch_fused": 1.63e-9, "adamw_torch": 9.55e-9, "sgd": 0.74e-9, "rmsprop": 5.5e-9, "adagrad": 4.2e-9}
+_WEIGHT_CLIPPING_S = 0.71e-9
+_LOOPS = Range(1.0, 0.2, 1.4)  # with 16 threads Adam's took 0.14 to 0.16 of that; the slow end is assumed
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # one and the same for a GPU, so that kernels' seconds are looked up fast
 class Ceilings:
     """What a GPU and its host reach: FLOP/s of products in 16 bits and in 32, and of attention; bytes/s; seconds.
 
-    `link_per_s` are bytes in one direction between this GPU and the others, where several share a run.
+    `link_per_s` are bytes in one direction between this GPU and the others, where several share a run, and `pcie_per_s`
+    between it and the host's memory.
     """
 
     products_per_s: float
@@ -148,6 +158,7 @@ class Ceilings:
     multiprocessors: int
     host: Host
     link_per_s: float = math.inf
+    pcie_per_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +220,11 @@ def link(gpu: Gpu, num_gpus: int) -> Range:
         return Range(*[share * _NETWORK_PER_S for share in _WIRE])
     if gpu.nvlink_gb_s:
         return Range(*[share * gpu.nvlink_gb_s / 2 * 1e9 for share in _NVLINK])
-    return Range(*[share * _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4]) for share in _WIRE])
+    return Range(*[share * _pcie(gpu) for share in _WIRE])
+
+
+def _pcie(gpu: Gpu) -> float:
+    return _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4])
 
 
 def _assumed(gpu: Gpu, num_gpus: int) -> str:
@@ -249,8 +264,9 @@ def _ceilings(
                 (_SINGLY_S[i] / number, _UNPACKED_S[i] / number, _QUANTISED_S[i] / number),
                 _LATENCY_S[i],
                 number,
-                Host(*[seconds * hosts[i] for seconds in _HOST]),
+                Host(*[seconds * hosts[i] for seconds in _HOST])._replace(loops=_LOOPS[i]),
                 link(gpu, num_gpus)[i],
+                _PCIE[i] * _pcie(gpu),
             )
         )
     middle, fast, slow = made
@@ -267,6 +283,7 @@ class Work:
     stretches: tuple[tuple[tuple[Section, ...], int], ...]
     tokens: int  # positions of a step's batch on all GPUs
     num_gpus: int = 1
+    unknown: bool = False  # what it does has not been timed
 
 
 def work(run: Run) -> Work:
@@ -286,17 +303,18 @@ def work(run: Run) -> Work:
         (*several, ((*last, *summed), 1), (tuple(communication.update(run, update)), 1)),
         tokens * run.sharing.ranks,
         run.sharing.ranks,
+        communication.unknown(run),
     )
 
 
 def span_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Range | None:
-    """Seconds of an optimizer step on `gpu`; None where the GPU's rates are not known."""
-    found = ceilings(gpu, calibration, step.num_gpus)
+    """Seconds of an optimizer step on `gpu`; None where the GPU's rates are not known, or what the step does is not."""
+    found = None if step.unknown else ceilings(gpu, calibration, step.num_gpus)
     return found and Range(*[_follow_all(step, c) for c in found])
 
 
 def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> StepTime | None:
-    """The time of an optimizer step on `gpu`; None where the GPU's rates are not known."""
+    """The time of an optimizer step on `gpu`; None where `span_of` knows none."""
     found, span = ceilings(gpu, calibration, step.num_gpus), span_of(step, gpu, calibration)
     if found is None or span is None:
         return None
@@ -307,12 +325,22 @@ def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Ste
             sections[section] += times
     parts = _parts(sections, found[0])
     waiting = max(0.0, middle - sum(part.seconds for part in parts))
-    if step.num_gpus > 1:
-        alone = [replace(each, link_per_s=math.inf) for each in found[:1]]
-        linked = min(waiting, max(0.0, middle - _follow_all(step, alone[0])))
-        nbytes = sum((section.gathered + section.reduced) * n for section, n in sections.items())
-        parts.append(Part(LINKED, 0, nbytes, 0, linked, SOURCES[LINKED]))
-        waiting -= linked
+    without = found[0]
+    for name, nbytes in (
+        (FETCHED, sum((each.fetched + each.stored) * n for each, n in sections.items())),
+        (LINKED, sum((each.gathered + each.reduced) * n for each, n in sections.items())),
+    ):
+        if nbytes:
+            before = _follow_all(step, without)
+            linked = without.link_per_s if name == FETCHED else math.inf
+            without = replace(without, pcie_per_s=math.inf, link_per_s=linked)
+            seconds = min(waiting, max(0.0, before - _follow_all(step, without)))
+            parts.append(Part(name, 0, nbytes, 0, seconds, SOURCES[name]))
+            waiting -= seconds
+    stepping = sum(_host_s(section, found[0].host) * n for section, n in sections.items() if section.in_host)
+    if stepping:
+        parts.append(Part(IN_HOST, 0, 0, 0, min(waiting, stepping), SOURCES[IN_HOST]))
+        waiting -= min(waiting, stepping)
     parts.append(Part(WAITING, 0, 0, 0, waiting, SOURCES[WAITING]))
     host_s = sum(_host_s(section, found[0].host) * n for section, n in sections.items())
     assumed = _assumed(gpu, step.num_gpus)
@@ -328,6 +356,8 @@ SOURCES = {
     traffic.CLIPPING: "torch, clip_grad.py: gradients read for the norm, read and written for the factor",
     traffic.OPTIMIZER: "weights, gradients and states, as often as the step's statements read and write them",
     traffic.COPIES: "weights into and out of gathered buffers, gradients side by side (torch, fully_shard, DDP)",
+    FETCHED: "shards from host memory and gradients into it that the GPU's kernels do not hide (communication.py)",
+    IN_HOST: "torch's clipping and optimizer, weight by weight on one thread of the host (torchrun: OMP_NUM_THREADS=1)",
     LINKED: "bytes over each GPU's link that its kernels do not hide (communication.py)",
     WAITING: "ops launched one by one from Python and autograd's thread, slower than the GPU runs them",
 }
@@ -341,28 +371,32 @@ def _follow(stretch: Sequence[Section], c: Ceilings) -> float:
     """Seconds from when host and GPU set out together until both are done.
 
     What a section needs of other GPUs is under way since the host came to the section before it; what it gives them
-    goes when it is done.
+    goes when it is done. Host memory is read before the one, and written after the other.
     """
-    host = gpu = link = before = 0.0
+    host = gpu = link = fetch = store = before = 0.0
     known: dict[Section, tuple[float, float]] = {}
     for section in stretch:
         if section not in known:
             known[section] = (_host_s(section, c.host), _gpu_s(section, c))
         launching, running = known[section]
         if section.gathered:
-            link = max(link, before) + section.gathered / c.link_per_s
+            fetch = max(fetch, before) + section.fetched / c.pcie_per_s
+            link = max(link, fetch) + section.gathered / c.link_per_s
             gpu = max(gpu, link)
         before = host
         host += launching
         gpu = max(gpu + running, host)
         if section.reduced:
             link = max(link, gpu) + section.reduced / c.link_per_s
-    return max(gpu, link)
+            store = max(store, link) + section.stored / c.pcie_per_s
+    return max(gpu, link, store)
 
 
 def _host_s(section: Section, host: Host) -> float:
     checkpoint_s = host.checkpoint_backward_s if section.backward_ops else host.checkpoint_forward_s
-    each = _TENSOR_CLIPPING_S if section.name == traffic.CLIPPING else _TENSOR_S.get(section.by, _TENSOR_BNB_S)
+    clips = section.name == traffic.CLIPPING
+    each = _TENSOR_CLIPPING_S if clips else _TENSOR_S.get(section.by, _TENSOR_BNB_S)
+    in_host = section.in_host * (_WEIGHT_CLIPPING_S if clips else _WEIGHT_S.get(section.by, 0.0))
     return (
         section.forward_ops * host.forward_op_s
         + section.backward_ops * host.backward_op_s
@@ -370,6 +404,7 @@ def _host_s(section: Section, host: Host) -> float:
         + section.dequantised * host.dequantise_s
         + section.checkpoints * checkpoint_s
         + section.tensors * (each + _DTENSOR_S * section.sharded) * host.speed
+        + in_host * host.loops
         + sum(n * s for n, s in zip(section.hooks, _HOOKS_S, strict=True)) * host.speed
     )
 

@@ -90,6 +90,9 @@ class Section:
     by: str = ""  # the optimizer
     gathered: int = 0  # bytes over each GPU's link before it begins,
     reduced: int = 0  # and after it
+    fetched: int = 0  # bytes from host memory before those,
+    stored: int = 0  # and into it after these
+    in_host: int = 0  # weights that clipping or the optimizer goes through in host memory
     hooks: Hooks = _NO_HOOKS
     sharded: bool = False  # the tensors are DTensors
 

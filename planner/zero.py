@@ -115,6 +115,25 @@ class Zero:
         step = _ALIGNED * self.ranks
         return -(-sum(p.numel for p in group) // step) * _ALIGNED
 
+    def in_host_memory(self, run: Run) -> dict[str, int]:
+        """Bytes that a rank keeps in host memory while it trains: what is offloaded, and 16-bit buffers beside it.
+
+        stage_1_and_2.py: single_partition_of_fp32_groups with their gradients,
+        param_buffer_of_bit16_for_cpu_offload_groups, temp_grad_buffer_for_cpu_offload.
+        """
+        if not self.cpu_offload:
+            return {}
+        item = ITEMSIZE[run.settings.weights_dtype]
+        parts = [self.part(group) for group in self.groups(run)]
+        largest = max((p.numel for p in run.trained), default=0)
+        return self._stepped(run, parts) | {"16-bit buffers": (sum(parts) + largest) * item}
+
+    def _stepped(self, run: Run, parts: Iterable[int]) -> dict[str, int]:
+        """What the optimizer in host memory holds of parts of so many elements, in float32."""
+        numels = list(parts)
+        states = [optimizer.state_bytes(run.optimizer, (n,), "fp32") for n in numels]
+        return {"master weights": 4 * sum(numels), "gradients": 4 * sum(numels), "optimizer states": sum(states)}
+
     def touched(self, run: Run) -> list[tuple[Parameter, int]]:
         """The parameters that a rank's parts touch, and how many of their elements lie in there (get_partition_info).
 
@@ -286,9 +305,11 @@ class Zero:
 
     def notes(self, run: Run) -> list[str]:  # noqa: ARG002
         """What is assumed."""
+        untimed = "what DeepSpeed's optimizer takes in host memory has not been measured, so there is no time of a step"
         return [
+            *([untimed] if self.cpu_offload else []),
             f"ZeRO {self.stage} is planned with accelerate's configuration of DeepSpeed 0.19: buckets of 500,000,000 "
-            "elements, without overlap_comm"
+            "elements, without overlap_comm",
         ]
 
 
@@ -354,6 +375,23 @@ class Zero3(Zero):
                 found[-1].append(p)
                 numel += p.numel
         return found
+
+    def in_host_memory(self, run: Run) -> dict[str, int]:
+        """Bytes that a rank keeps in host memory while it trains: what is offloaded, and 16-bit gradients beside it.
+
+        partition_parameters.py: a part of every weight; stage3.py: fp32_partitioned_groups_flat with their gradients,
+        grad_partitions_flat_buffer.
+        """
+        if not self.cpu_offload:
+            return {}
+        shares = [s for unit in self.units(run).all for s in unit.shares]
+        item = ITEMSIZE[run.settings.weights_dtype]
+        parts = [self.part(group) for group in self.groups(run)]
+        return {
+            "parts of the weights": sum(-(-prod(s.shape) // self.ranks) * ITEMSIZE[s.dtype] for s in shares),
+            **self._stepped(run, parts),
+            "16-bit gradients": sum(parts) * item,
+        }
 
     def touched(self, run: Run) -> list[tuple[Parameter, int]]:
         """Every parameter: a rank has a part of each."""

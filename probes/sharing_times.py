@@ -63,7 +63,9 @@ class _Times(transformers.TrainerCallback):  # type: ignore[misc]
         self.updates: list[float] = []
         self._began = self._update = 0.0
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, model: Any, optimizer: Any, **__: Any) -> None:
+        if not self.steps:  # a model in host memory is not set, and zeros are quick
+            workload.fill(model, optimizer)
         torch.cuda.synchronize()
         self._began = time.perf_counter()
 
@@ -142,22 +144,26 @@ def _timed_clipping() -> Iterator[list[float]]:
         accelerate.Accelerator.clip_grad_norm_ = function
 
 
-def _settled(values: list[float]) -> dict[str, float]:
-    """Of the steps after the first few: the quickest and the median, since whatever else the host does only adds."""
-    kept = values[_WARM:]
-    return {"least": min(kept), "median": median(kept)} if kept else {}
+def trained(
+    config: dict[str, Any],
+    way: str,
+    setting: dict[str, Any],
+    num_gpus: int,
+    steps: int = _STEPS,
+    warm: int = _WARM,
+    held: Callable[[], dict[str, int]] | None = None,
+) -> dict[str, Any]:
+    """One training of a model: seconds of its steps from the `warm`th on, and of what is in them.
 
-
-def trained(layers: int, way: str, setting: dict[str, Any], num_gpus: int) -> dict[str, Any]:
-    """One training of a small model: seconds of its steps, and of what is in them."""
+    `held` is asked once the last step is done, while everything is still there.
+    """
     import accelerate
 
     accelerate.state.AcceleratorState._reset_state(False)  # the process group stays
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]  # by which TrainingArguments told accelerate to shard the model before
-    config = {**_SMALL, "num_hidden_layers": layers}
     several: dict[str, Any] = {"num_gpus": num_gpus, "parallel": way} if way != "none" else {}
-    made = plan(config, seq_len=16, batch_size=1, **setting, **several)
+    made = plan(config, **{"seq_len": 16, "batch_size": 1} | setting, **several)
     options = made.options
     torch.manual_seed(0)
     times = _Times()
@@ -165,21 +171,29 @@ def trained(layers: int, way: str, setting: dict[str, Any], num_gpus: int) -> di
         model = workload.load(config, options)
         lora = workload.lora_config(options, made.counts)
         model = workload.adapt(model, options, lora)
-        trainer = workload.trainer(model, options, lora, workload.training_arguments(options, folder, _STEPS))
+        trainer = workload.trainer(model, options, lora, workload.training_arguments(options, folder, steps))
         if way == "none":  # each rank for itself
             trainer.accelerator.state.distributed_type = accelerate.DistributedType.NO
         trainer.add_callback(times)
         trainer.train()
+        found = {} if held is None else {"held": held()}
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     calls = {name: values for name, values in hooks.items() if values}
-    per_step = {name: len(values) / _STEPS for name, values in calls.items()}
+    per_step = {name: len(values) / steps for name, values in calls.items()}
+
+    def settled(values: list[float]) -> dict[str, float]:
+        """The quickest and the median: whatever else the host does only adds."""
+        kept = values[warm:]
+        return {"least": min(kept), "median": median(kept)} if kept else {}
+
     return {
-        "layers": layers, "parallel": way, **setting, "trained": len(weights),
-        "step_s": _settled(times.steps), "update_s": _settled(times.updates), "clipping_s": _settled(clipping),
+        "layers": config["num_hidden_layers"], "parallel": way, **setting, "trained": len(weights),
+        "step_s": settled(times.steps), "update_s": settled(times.updates), "clipping_s": settled(clipping),
         "hooks": {
-            name: {"calls": per_step[name], "s": _settled(_by_step(values, per_step[name]))}
+            name: {"calls": per_step[name], "s": settled(_by_step(values, per_step[name]))}
             for name, values in calls.items()
         },
+        **found,
     }  # fmt: skip
 
 
@@ -245,7 +259,8 @@ def main(out: str) -> None:
     for setting in _SETTINGS:
         for way in _WAYS:
             for layers in _LAYERS:
-                found["steps"].append(trained(layers, way, setting, dist.get_world_size()))
+                config = {**_SMALL, "num_hidden_layers": layers}
+                found["steps"].append(trained(config, way, setting, dist.get_world_size()))
                 if rank == 0:
                     print(json.dumps(found["steps"][-1]), flush=True)
                     Path(out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_models import FLAT, real_model, small
 
 from vramplan import plan
-from vramplan.planner import catalog, sizes
+from vramplan.planner import catalog, memory, sizes
 from vramplan.planner.architecture import parse
 from vramplan.planner.units import MIB
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vramplan.planner.plan import Plan
 
+STEPS = 2048  # adam counts the steps of each tensor in 4 B
 TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -143,13 +144,95 @@ def test_checkpoints_are_what_trainer_writes(options: dict[str, Any], tmp_path: 
     assert sum(file.stat().st_size for file in others) < 64 * 1024
 
 
+def bytes_of(model: str, **options: Any) -> dict[str, int]:
+    return {part.name: part.bytes for part in plan(model, **options).sizes()}
+
+
 def test_what_fsdp_holds_in_float32_is_saved_in_float32() -> None:
-    one, two = (plan("qwen2.5-0.5b", method="full", **asked) for asked in ({}, {"num_gpus": 2, "parallel": "fsdp"}))
-    bytes_of = [{part.name: part.bytes for part in made.sizes()} for made in (one, two)]
-    numel = one.counts.total
-    more = bytes_of[1]["model.safetensors"] - bytes_of[0]["model.safetensors"]
-    assert 2 * numel <= more < 2 * numel + 1024  # the header's offsets are longer
-    assert bytes_of[1]["optimizer.pt"] - bytes_of[0]["optimizer.pt"] == 2 * 2 * numel
+    one = bytes_of("qwen2.5-0.5b", method="full")
+    two = bytes_of("qwen2.5-0.5b", method="full", num_gpus=2, parallel="fsdp")
+    numel = plan("qwen2.5-0.5b", method="full").counts.total
+    assert 2 * numel <= two["model.safetensors"] - one["model.safetensors"] < 2 * numel + 1024  # longer offsets
+    assert two["pytorch_model_fsdp.bin"] == 4 * numel
+    assert two["optimizer.bin"] - one["optimizer.pt"] == 2 * 2 * numel
+    adapter = bytes_of("qwen2.5-0.5b", method="lora", num_gpus=2, parallel="fsdp")
+    assert 0 < adapter["adapter_model.safetensors"] - adapter["pytorch_model_fsdp.bin"] < 80_000  # the header
+
+
+def test_what_deepspeed_writes() -> None:
+    """float32 weights and states in its folder; the 16-bit weights too where they are whole."""
+    numel = plan("qwen2.5-0.5b", method="full").counts.total
+    for parallel, names, low in (
+        ("zero1", {"model.safetensors", "global_step*/"}, 2),
+        ("zero3", {"global_step*/"}, 0),
+    ):
+        found = bytes_of("qwen2.5-0.5b", method="full", num_gpus=2, parallel=parallel)
+        assert found.keys() - {"download", "host memory, loading", "disk"} == names
+        assert found["global_step*/"] == pytest.approx((12 + low) * numel, abs=STEPS)
+    found = bytes_of("qwen2.5-0.5b", method="lora", num_gpus=2, parallel="zero3")
+    trained = plan("qwen2.5-0.5b", method="lora").counts.trainable
+    assert found["global_step*/"] == pytest.approx(12 * trained, abs=STEPS)
+    assert "adapter_model.safetensors" in found
+
+
+# ------------------------------------------------------------------------------------------------ host memory of ranks
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "itemsize"),
+    [
+        ({"method": "full", "num_gpus": 4, "parallel": "fsdp"}, 4, 4),  # made float32 on each
+        ({"method": "full", "num_gpus": 64, "parallel": "fsdp"}, 8, 4),  # of one host
+        ({"method": "full", "num_gpus": 4, "parallel": "fsdp", "mixed_precision": "no"}, 4, 0),
+        ({"method": "full", "num_gpus": 4, "parallel": "fsdp", "weights_dtype": "fp32"}, 4, 4),
+        ({"method": "full", "num_gpus": 4, "parallel": "ddp"}, 4, 0),
+        ({"method": "full", "num_gpus": 4, "parallel": "ddp", "weights_dtype": "fp32"}, 4, 4),
+        ({"method": "lora", "num_gpus": 4, "parallel": "fsdp"}, 4, 0),
+    ],
+)
+def test_every_rank_loads_the_model(options: dict[str, Any], ranks: int, itemsize: int) -> None:
+    made = plan("qwen2.5-0.5b", **options)
+    found = sizes.host_memory(made.architecture, made.options, "bf16")
+    assert found.bytes == ranks * itemsize * made.counts.total
+
+
+def test_what_is_offloaded_is_in_blocks_of_a_power_of_two() -> None:
+    """Embedding, head, 2 x (q, k, v, o, 3 of the MLP, 2 norms) and a norm, cut in two along the first dimension."""
+    config = {
+        "model_type": "llama", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 448, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+    sharing = {"method": "full", "num_gpus": 2, "parallel": "fsdp", "cpu_offload": True}
+    rows = {part.name: part.bytes for part in plan(config, **sharing).sizes()}
+    kib = 1024
+    layer = 2 * 128 * kib + 2 * 64 * kib + 3 * 256 * kib + 2 * 512  # 224 x 256 x 4 B are 224 KiB; a norm's half 512 B
+    held = 2 * 256 * kib + 2 * layer + 512  # 160 x 256 x 4 B are 160 KiB
+    exact = 2 * 160 * kib + 2 * (2 * 128 * kib + 2 * 64 * kib + 3 * 224 * kib + 2 * 512) + 512
+    assert rows["host memory, offload"] == 2 * (2 * held + 2 * exact + 21 * 4)  # a step for each tensor
+
+
+def test_pinned_memory_as_measured() -> None:
+    """PyTorch's own count of it: what two ranks' shards and gradients take, and the 256 MiB of an earlier copy."""
+    file = Path(sizes.__file__).parents[1] / "tables" / "offload_times.json"
+    first = json.loads(file.read_text(encoding="utf-8"))["steps"][0]
+    assert (first["model"], first["method"]) == ("qwen2.5-0.5b", "full")
+    asked = {"method": "full", "seq_len": 1024, "num_gpus": 2, "parallel": "fsdp", "cpu_offload": True}
+    made = plan(first["model"], **asked)
+    run = memory.run_of(made.architecture, made.options, made.device, made.counts)
+    assert run.sharing is not None
+    planned = run.sharing.in_host_memory(run)
+    measured = first["held"]["allocated_bytes.current"]
+    assert planned["shards"] + planned["gradients"] + 256 * MIB == pytest.approx(measured, rel=5e-4)
+
+
+def test_what_zero_offloads() -> None:
+    numel = plan("qwen2.5-0.5b", method="full").counts.total
+    largest = 151_936 * 896
+    sharing = {"method": "full", "num_gpus": 2, "cpu_offload": True}
+    rows = {parallel: bytes_of("qwen2.5-0.5b", parallel=parallel, **sharing) for parallel in ("zero2", "zero3")}
+    planned = 2 * ((4 + 4 + 8 + 2) * numel // 2 + 2 * largest)
+    assert rows["zero2"]["host memory, offload"] == pytest.approx(planned, abs=STEPS)
+    assert rows["zero3"]["host memory, offload"] == pytest.approx((2 + 4 + 4 + 8 + 2) * numel, abs=STEPS)
 
 
 def test_an_adapter_is_saved_as_it_is_trained() -> None:
@@ -169,7 +252,7 @@ def test_an_adapter_is_saved_as_it_is_trained() -> None:
 def test_paged_states_are_saved_too() -> None:
     def states(optimizer: str) -> int:
         made = plan("llama-3.1-8b", optimizer=optimizer)
-        return sizes.checkpoint(made.architecture, made.counts, made.options)[1].bytes
+        return sizes.checkpoint(made.architecture, made.counts, made.options)[-1].bytes
 
     assert states("paged_adamw_8bit") == states("adamw_8bit")
     assert states("paged_adamw_32bit") == 8 * 41_943_040
