@@ -825,7 +825,7 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
     "--config", metavar="FILE", shell_complete=_files, help="A TOML file of options; the command line goes first."
 )
 @click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
-@click.option("--full", is_flag=True, help="Calibrate with a grid of runs, up to an hour.")
+@click.option("--full", is_flag=True, help="Run a whole grid, up to an hour; with --num-gpus one for several.")
 @click.option("--memory-limit", metavar="SIZE", help="Behave as a smaller GPU, of 16GiB for example.")
 @click.option("--boundary", is_flag=True, help="Run the largest MODEL that is planned to fit, and the next.")
 @click.option("--over", metavar="batch_size|seq_len", help="What --boundary varies.  [default: batch_size]")
@@ -863,8 +863,9 @@ def probe(
     but MODEL's config.json. It needs torch, transformers, peft and bitsandbytes: pip install 'vramplan[probe]'.
 
     With --num-gpus, torchrun starts a process for each GPU, and every one is measured; without MODEL these are bundled
-    runs, shared as --parallel says. ZeRO needs deepspeed besides. With --alone one GPU plays the first of any number:
-    the real code of DDP, FSDP2 or DeepSpeed runs, and its collectives move nothing.
+    runs, shared as --parallel says, or with --full each in a way of its own. ZeRO needs deepspeed besides. With --alone
+    one GPU plays the first of any number: the real code of DDP, FSDP2 or DeepSpeed runs, and its collectives move
+    nothing.
 
     A memory limit counts what PyTorch reserves; the CUDA context, which PyTorch cannot limit, is taken off first.
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,16 +171,16 @@ def bundled(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The table's runs that this GPU's kind and libraries can do, each a model and options; notes on the others.
 
-    With options of `SHARING` they are those for several GPUs, shared so.
+    With options of `SHARING` they are those for several GPUs, shared so; of the grid's, those that are shared so.
     """
-    notes = []
+    notes: list[str] = []
     if sharing:
-        asked = [{**each, "options": each["options"] | sharing} for each in _table()["several"]]
+        asked = _of_several(sharing, grid=grid)
     else:
-        asked = list(_table()["default"])
-    if grid and not sharing:
-        table = _table()["full"]
-        asked += [{"model": model, "options": each} for model in table["models"] for each in table["settings"]]
+        asked = [*_table()["default"], *(_grid(_table()["full"]) if grid else [])]
+    if any(_by_deepspeed(each) for each in asked) and not find_spec("deepspeed"):
+        notes.append("deepspeed is not installed; runs that need it are left out")
+        asked = [each for each in asked if not _by_deepspeed(each)]
     if machine.bitsandbytes:
         notes.append(f"{machine.bitsandbytes}; runs that need it are left out")
         asked = [each for each in asked if not needs_bitsandbytes(each["options"])]
@@ -187,6 +188,29 @@ def bundled(
         notes.append(f"{machine.name} has no bf16, so everything is run in fp16")
         asked = [{**each, "options": each["options"] | _in_fp16(each["options"]["method"])} for each in asked]
     return asked, notes
+
+
+def _grid(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"model": model, "options": each} for model in table["models"] for each in table["settings"]]
+
+
+def _of_several(sharing: Mapping[str, Any], *, grid: bool) -> list[dict[str, Any]]:
+    """The table's runs on several GPUs, as `sharing` says; a grid's have ways to share of their own."""
+    asked = [each for table in _table()["several_full"] for each in _grid(table)] if grid else _table()["several"]
+    found = [{**each, "options": each["options"] | sharing} for each in asked]
+    if not grid:
+        return found
+    kept = [sharing.get("parallel", each["options"]["parallel"]) == each["options"]["parallel"] for each in asked]
+    whole = len(sharing.keys() - {"num_gpus", "parallel"}) > 0  # which ddp has not
+    return [
+        each
+        for each, good in zip(found, kept, strict=True)
+        if good and not (whole and each["options"]["parallel"] == "ddp")
+    ]
+
+
+def _by_deepspeed(asked: Mapping[str, Any]) -> bool:
+    return str(asked["options"].get("parallel", "")).startswith("zero")
 
 
 def fitting(asked: Iterable[Mapping[str, Any]], machine: Machine, limit_bytes: int | None) -> Iterator[Case]:

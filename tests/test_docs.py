@@ -6,6 +6,7 @@ numbers and the libraries' lines alone, and has to equal the plan's tensors to t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,14 +16,17 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from test_measured import BOUNDARIES, FOUR, KNOWN, OTHERS, PHASES, PROBED, TWO, scores
+from test_measured import ALONE, BOUNDARIES, FOUR, KNOWN, OTHERS, PHASES, PROBED, TWO, TWO_PROBED, scores
 from test_readme import AS_OF, ROOT
 from test_throughput import published_errors
 
 from vramplan import plan
-from vramplan.planner import memory, prices, report_plots, stack, training, verify
+from vramplan.planner import catalog, memory, prices, report_plots, report_table, stack, training, verify
 from vramplan.planner.allocator import Allocator, block_bytes
 from vramplan.planner.families import FAMILIES
+from vramplan.planner.table import table as make_table
+from vramplan.planner.units import GIB, format_count
+from vramplan.probes import probe_cases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from vramplan.planner.plan import Plan
     from vramplan.planner.run import Program
+    from vramplan.planner.table import Table
     from vramplan.planner.verify import Score
 
 DOCS = ROOT / "docs"
@@ -277,13 +282,15 @@ def test_the_weights_and_what_is_trained() -> None:
 
 # ------------------------------------------------------------------------------------------------- docs/accuracy.md
 
-ONE_GPU, MANY = (KNOWN, OTHERS, PROBED), (TWO, FOUR)
+ONE_GPU, MANY = (KNOWN, OTHERS, PROBED), (TWO, FOUR, TWO_PROBED)
 FILES = {
     KNOWN: "one GPU, there while the ops were written",
     OTHERS: "one GPU, other models and settings, measured afterwards",
     PROBED: "one GPU, by `vramplan probe`",
     TWO: "two GPUs, DDP and FSDP2",
     FOUR: "four GPUs, DDP and FSDP2",
+    TWO_PROBED: "two GPUs, by `vramplan probe`: DDP, FSDP2, ZeRO 1 and 2",
+    ALONE: "one GPU for two, four or eight, by `vramplan probe --alone`: DDP, FSDP2, ZeRO",
 }
 MEMORY = {"allocated": "peak allocated", "reserved": "peak reserved", "device": "device, with the CUDA context"}
 SPREAD = "runs> | to the byte> | median error> | 95th percentile> | worst>"
@@ -390,7 +397,7 @@ def covered_table() -> str:
         found = used(name)
         never = [choice for choice in training.OPTIONS[name].choices if choice not in found]
         if name == "num_gpus":
-            never = ["more than four"]
+            never = ["more than eight"]
         if name == "parallel":
             never = [each for each in never if each != "none"]
         rows.append((f"`{name}`", counted_words(found), ", ".join(never)))
@@ -412,6 +419,182 @@ def draw(file: Path) -> None:
         report_plots.draw(str(file), "accuracy", of(*verify_files()), command)
 
 
+# --------------------------------------------------------------------------------------------- docs/several-gpus.md
+
+PREDICTED = ROOT / "tables" / "predicted" / "h200-several-gpus.jsonl"
+OVER_GPUS = {"method": "full", "parallel": "fsdp", "num_gpus": [1, 2, 4, 8, 16, 64]}
+GPUS_PICTURE, SCALING_PICTURE = DOCS / "images" / "gpus.svg", DOCS / "images" / "scaling.svg"
+SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Llama-3.1-8B, full, FSDP2", "llama-3.1-8b", {"method": "full", "parallel": "fsdp"}),
+    ("Llama-3.1-8B, QLoRA, DDP", "llama-3.1-8b", {"method": "qlora", "parallel": "ddp"}),
+    ("Llama-3.1-70B, QLoRA, FSDP2", "llama-3.1-70b", {"method": "qlora", "parallel": "fsdp"}),
+    ("Qwen2.5-14B, full, FSDP2", "qwen2.5-14b", {"method": "full", "parallel": "fsdp"}),
+)
+SHARED_BY = (1, 2, 4, 8)
+
+
+@cache
+def over_gpus() -> Table:
+    """Llama-3.1-8B over the number of GPUs, as `vramplan table` makes it."""
+    return make_table(
+        ["llama-3.1-8b"], gpu="h200", stack=STACK, calibration=False, drawn=True, today=AS_OF, **OVER_GPUS
+    )
+
+
+def gpus_table() -> str:
+    columns = ["memory", "allocated", "fits", "step_time", "tokens_per_s"]
+    made = make_table(["llama-3.1-8b"], gpu="h200", stack=STACK, calibration=False, columns=columns, **OVER_GPUS)
+    sheet = report_table.layout(made)
+    head = " | ".join(name + ">" * (align == ">") for name, align in zip(sheet.header, sheet.columns, strict=True))
+    return table(head, sheet.rows)
+
+
+def same_run(each: Score, model: str, options: dict[str, Any], num_gpus: int) -> bool:
+    """Whether it is the run of these options; on one GPU nothing is shared."""
+    whole = each.run.config.get("num_hidden_layers") == of_catalog(model)["num_hidden_layers"]
+    if not each.run.id.startswith(f"{model}-") or not whole:
+        return False
+    if each.run.outcome != "ok" or each.run.limit_bytes is not None:
+        return False
+    asked = {**options, "num_gpus": num_gpus} if num_gpus > 1 else {"method": options["method"]}
+    measured, wanted = (training.parse_options(found).as_dict() for found in (each.run.options, asked))
+    said = training.OPTIONS.keys() - {"examples", "tokens_per_example", "epochs", "lora_alpha", "phases"}
+    return all(measured[name] == wanted[name] for name in said)
+
+
+@cache
+def of_catalog(model: str) -> dict[str, Any]:
+    found = catalog.find_model(model)
+    assert found
+    return found.config
+
+
+class Point(NamedTuple):
+    """A run on `num_gpus`: planned and measured bytes reserved on each, and seconds of a step; where, "" not at all."""
+
+    num_gpus: int
+    planned_bytes: int
+    measured_bytes: int | None
+    planned_s: float
+    measured_s: float | None
+    where: str
+
+
+@cache
+def points(model: str, method: str, parallel: str) -> list[Point]:
+    options = {"method": method, "parallel": parallel}
+    found = []
+    for n in SHARED_BY:
+        asked = {**options, "num_gpus": n} if n > 1 else {"method": method}
+        made = plan(model, gpu="h200", stack=STACK, calibration=False, **asked)
+        assert made.time
+        if n == 1 and made.fit and not made.fit.fits:
+            continue
+        there = [each for each in of(KNOWN, OTHERS, PROBED, TWO, FOUR, TWO_PROBED, ALONE)
+                 if same_run(each, model, options, n)]  # fmt: skip
+        reserved = next((int(each.run.figures["reserved"]) for each in there), None)
+        timed = [each.run.figures["step"] for each in there if "step" in each.run.figures]
+        where = "" if not there else "all GPUs" if timed else "one for all"
+        planned = made.memory.peak_reserved_bytes
+        found.append(Point(n, planned, reserved, made.time.step_s, min(timed, default=None), where))
+    return found
+
+
+def scaling_table() -> str:
+    rows = []
+    for title, model, options in SERIES:
+        for at, p in enumerate(points(model, options["method"], options["parallel"])):
+            tokens = [format_count(round(2048 * p.num_gpus / s)) if s else "" for s in (p.planned_s, p.measured_s)]
+            sizes = [f"{size / GIB:.2f}" if size else "" for size in (p.planned_bytes, p.measured_bytes)]
+            rows.append(("" if at else title, p.num_gpus, *sizes, *tokens, p.where))
+    head = "run | GPUs> | reserved, planned> | measured> | tokens/s, planned> | measured> | measured on"
+    return table(head, rows)
+
+
+def predicted_rows() -> list[dict[str, Any]]:
+    """What `vramplan probe --num-gpus 4 --full`, and the same with 8, would measure on H200s."""
+    found = []
+    for num_gpus in (4, 8):
+        for each in probe_cases._of_several({"num_gpus": num_gpus}, grid=True):
+            made = plan(each["model"], gpu="h200", stack=STACK, calibration=False, **each["options"])
+            assert made.fit
+            assert made.time
+            found.append({
+                "model": each["model"], "options": each["options"], "gpu": "h200", "stack": STACK,
+                "fits": made.fit.fits, "only_just": made.fit.retries is not None,
+                "peak_allocated_bytes": made.memory.peak_allocated_bytes,
+                "peak_reserved_bytes": made.memory.peak_reserved_bytes, "device_bytes": made.memory.device_bytes,
+                "step_s": round(made.time.step_s, 4),
+            })  # fmt: skip
+    return found
+
+
+def predicted_file() -> str:
+    return "".join(json.dumps(row) + "\n" for row in predicted_rows())
+
+
+def predicted_table() -> str:
+    """The file's rows, the two numbers of GPUs side by side."""
+    rows = [json.loads(line) for line in PREDICTED.read_text("utf-8").splitlines()]
+    by_run: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        o = row["options"]
+        notes = ", no checkpointing" * (not o.get("gradient_checkpointing", True)) + ", bf16 alone" * (
+            o.get("mixed_precision") == "no"
+        )
+        key = (row["model"], f"{o['method']}, {o['parallel']}{notes}", f"{o['batch_size']} x {o['seq_len']:,}")
+        by_run.setdefault(key, {})[o["num_gpus"]] = row
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        sizes = [f"{row[name] / GIB:.2f}" for name in ("peak_allocated_bytes", "peak_reserved_bytes")]
+        step = f"{row['step_s']:.2f}{', only just' * row['only_just']}"
+        return [*sizes, step if row["fits"] else "does not fit"]
+
+    head = ["model", "run", "batch on each"] + [
+        f"{what} {n} GPUs>" for n in (4, 8) for what in ("allocated,", "reserved,", "s,")
+    ]
+    return table(" | ".join(head), [(*key, *cells(found[4]), *cells(found[8])) for key, found in by_run.items()])
+
+
+def draw_gpus(file: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prices, "_today", lambda: AS_OF)
+        report_plots.draw(str(file), "rows", over_gpus(), over_gpus().command)
+
+
+def draw_scaling(file: Path) -> None:
+    """Memory and speed from 1 to 8 GPUs: lines as planned, filled marks as measured, hollow ones on one GPU for all."""
+    out = io.BytesIO()
+    colours = ("#0072b2", "#d55e00", "#009e73", "#882255")
+    with report_plots._style():
+        heading = "H200s, batch 1 x 2,048 on each: lines planned, filled marks measured, hollow ones on one GPU for all"
+        figure = report_plots._figure(heading, 10, 4.6)
+        memory_axes, speed_axes = figure.subplots(1, 2)
+        for colour, (title, model, options) in zip(colours, SERIES, strict=True):
+            found = points(model, options["method"], options["parallel"])
+            style: dict[str, Any] = {"color": colour, "linewidth": 1.4}
+            numbers = [p.num_gpus for p in found]
+            memory_axes.plot(numbers, [p.planned_bytes / GIB for p in found], label=title, **style)
+            speed_axes.plot(numbers, [2048 * p.num_gpus / p.planned_s / 1000 for p in found], **style)
+            for p in found:
+                face = colour if p.where == "all GPUs" else "white"
+                if p.measured_bytes:
+                    memory_axes.plot(p.num_gpus, p.measured_bytes / GIB, "o", color=colour, markerfacecolor=face)
+                if p.measured_s:
+                    speed_axes.plot(p.num_gpus, 2048 * p.num_gpus / p.measured_s / 1000, "o", color=colour)
+        for axes, label in ((memory_axes, "reserved on each GPU, GiB"), (speed_axes, "thousand tokens a second")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(SHARED_BY, [str(n) for n in SHARED_BY])
+            axes.minorticks_off()
+            axes.set_xlabel("GPUs")
+            axes.set_ylabel(label)
+            axes.set_ylim(0)
+            axes.grid()
+        figure.legend(loc="outside lower left", ncols=2, fontsize=9)
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    file.write_bytes(out.getvalue())
+
+
 # --------------------------------------------------------------------------------------------- docs/contributing.md
 
 
@@ -422,10 +605,10 @@ def test_the_page_names_every_field_of_a_probes_file() -> None:
     )
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     found: set[str] = set()
-    for name in (PROBED, BOUNDARIES):
+    for name in (PROBED, BOUNDARIES, TWO_PROBED, ALONE):
         for line in (verify.MEASURED / name).read_text("utf-8").splitlines():
             found |= set(json.loads(line))
-    assert named == found | {"ranks"}  # of probes/ranks.py
+    assert named == found
 
 
 # ------------------------------------------------------------------------------------------------------- every page
@@ -447,9 +630,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "time": time_table,
         "covered": covered_table,
     },
+    "several-gpus.md": {"gpus": gpus_table, "scaling": scaling_table, "predicted": predicted_table},
 }
-# test_measured.py looks at docs/accuracy.md: it has planned every run already
-EVERY = [(page, name) for page, blocks in BLOCKS.items() for name in blocks if page != "accuracy.md"]
+# test_measured.py looks at the others: it has planned every run already
+MEASURED = ("accuracy.md", "several-gpus.md")
+EVERY = [(page, name) for page, blocks in BLOCKS.items() for name in blocks if page not in MEASURED]
 
 
 def marked(text: str, name: str) -> re.Match[str]:
@@ -488,6 +673,9 @@ def write(page: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["VRAMPLAN_DATA_DIR"] = os.devnull
+    PREDICTED.write_text(predicted_file(), "utf-8")
     for each in BLOCKS:
         write(DOCS / each)
     draw(PICTURE)
+    draw_gpus(GPUS_PICTURE)
+    draw_scaling(SCALING_PICTURE)

@@ -174,22 +174,36 @@ def test_the_other_phases(phase: str) -> None:
         assert verify.spread(reserved).p95 < 0.05
 
 
-@pytest.mark.parametrize("name", ["errors", "methods", "edge", "phases", "time", "covered"])
-def test_the_page_on_accuracy(name: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        *(("accuracy.md", name) for name in ("errors", "methods", "edge", "phases", "time", "covered")),
+        *(("several-gpus.md", name) for name in ("gpus", "scaling", "predicted")),
+    ],
+)
+def test_the_pages_of_what_was_measured(page: str, name: str) -> None:
     """Here and not in test_docs.py, because the runs are planned here."""
     import test_docs
 
-    assert test_docs.shown("accuracy.md", name) == test_docs.BLOCKS["accuracy.md"][name](), (
-        "python tests/test_docs.py writes it anew"
-    )
+    assert test_docs.shown(page, name) == test_docs.BLOCKS[page][name](), "python tests/test_docs.py writes it anew"
 
 
-def test_the_picture_on_accuracy(tmp_path: Path) -> None:
-    from test_docs import PICTURE, draw
+def test_what_is_predicted_of_four_and_eight_gpus() -> None:
+    from test_docs import PREDICTED, predicted_file
+
+    assert PREDICTED.read_text("utf-8") == predicted_file(), "python tests/test_docs.py writes it anew"
+
+
+@pytest.mark.parametrize(
+    ("picture", "drawn_by"), [("PICTURE", "draw"), ("GPUS_PICTURE", "draw_gpus"), ("SCALING_PICTURE", "draw_scaling")]
+)
+def test_the_pictures_of_what_was_measured(picture: str, drawn_by: str, tmp_path: Path) -> None:
+    import test_docs
     from test_pictures import words
 
-    draw(tmp_path / "accuracy.svg")
-    assert words(PICTURE) == words(tmp_path / "accuracy.svg"), "python tests/test_docs.py draws it anew"
+    getattr(test_docs, drawn_by)(tmp_path / "drawn.svg")
+    there = getattr(test_docs, picture)
+    assert words(there) == words(tmp_path / "drawn.svg"), "python tests/test_docs.py draws it anew"
 
 
 def test_what_the_readme_says_of_accuracy() -> None:

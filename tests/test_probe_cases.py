@@ -102,6 +102,32 @@ def test_the_grid_is_larger_and_has_no_run_twice(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_the_grid_for_several_gpus_has_its_own_ways_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_cases, "find_spec", lambda _: True)
+
+    def ways(**sharing: object) -> set[tuple[str, int]]:
+        asked, notes = probe_cases.bundled(H200, grid=True, sharing=sharing)
+        assert not notes
+        return {(each["options"]["parallel"], each["options"]["num_gpus"]) for each in asked}
+
+    assert ways(num_gpus=4) == {("fsdp", 4), ("ddp", 4), ("zero3", 4)}
+    assert ways(num_gpus=8, parallel="ddp") == {("ddp", 8)}
+    assert ways(num_gpus=8, cpu_offload=True) == {("fsdp", 8), ("zero3", 8)}
+    asked, _ = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 8})
+    cases = list(probe_cases.fitting(asked, H200, None))
+    assert len(cases) == len(asked) == 21
+    # of what four hold two runs of 70B are too much
+    fewer, _ = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 4})
+    assert len(list(probe_cases.fitting(fewer, H200, None))) == 19
+
+
+def test_without_deepspeed_its_runs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_cases, "find_spec", lambda _: None)
+    asked, notes = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 8})
+    assert notes == ["deepspeed is not installed; runs that need it are left out"]
+    assert len(asked) == 20
+
+
 def test_every_bundled_run_can_be_planned() -> None:
     table = probe_cases._table()
     for each in table["default"]:

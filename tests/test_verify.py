@@ -118,7 +118,7 @@ def test_what_is_no_file_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_runs_that_come_with_it() -> None:
-    assert [file.name for file in verify.bundled()][-2:] == ["h200-single-gpu.jsonl", "h200-two-gpus.jsonl"]
+    assert {"h200-single-gpu.jsonl", "h200-two-gpus.jsonl"} <= {file.name for file in verify.bundled()}
     assert len(read(verify.bundled())) >= 230
 
 
