@@ -103,8 +103,9 @@ class Cell(NamedTuple):
 class Capacity:
     """What fits one GPU, or how many of it a run takes. `asked` is the run as it was asked for.
 
-    `methods`, `gpus` and `frontier` are empty where not asked; `gpus` ends with the first number that holds the run, or
-    with one of which each GPU holds as much as of half as many. `command` plans the run, on the last of those.
+    `methods`, `gpus` and `frontier` are empty where not asked. `gpus` doubles to the first number that holds the run,
+    or of which each GPU holds as much as of half as many; before it come the fewest that do, where they are fewer.
+    `command` plans the run, on the fewest that hold it or the last.
     """
 
     model: ModelReference
@@ -213,13 +214,17 @@ def fit(
         stack=versions,
         command=command(
             model if isinstance(model, str) else reference.name,
-            for_gpus(several | asked, found["gpus"][-1][-1][0]) if found["gpus"][-1] else asked,
+            for_gpus(several | asked, _fewest(found["gpus"][-1])) if found["gpus"][-1] else asked,
             card.name,
             stack,
             calibration,
         ),
         warnings=(*warnings, *bench.notes),
     )
+
+
+def _fewest(gpus: Sequence[tuple[int, Trial]]) -> int:
+    return next((number for number, trial in gpus if trial.survives), gpus[-1][0])
 
 
 def _over(over: str | Sequence[str]) -> tuple[str, ...]:
@@ -279,7 +284,10 @@ def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
 
 
 def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
-    """The run on one GPU, and shared by more and more, until it fits or each of twice as many holds as much."""
+    """The run on one GPU, and shared by twice as many each time, until it fits or each of them holds as much.
+
+    Between the last two, the fewest that hold it are looked for.
+    """
     found: list[tuple[int, Trial]] = []
     for number in GPUS:
         found.append((number, bench.trial(for_gpus(asked, number))))
@@ -287,6 +295,13 @@ def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
         alike = len(fits) > 1 and fits[-1].needed_bytes >= fits[-2].needed_bytes
         if found[-1][1].survives or alike:
             break
+    number, last = found[-1]
+    least = number // 2
+    if last.survives and least:
+        fewest = largest(lambda n: not bench.survives(for_gpus(asked, least + n)), 1, number - least).fails
+        assert fewest is not None  # the last of them is `number`
+        if least + fewest < number:
+            found.insert(-1, (least + fewest, bench.trial(for_gpus(asked, least + fewest))))
     return found
 
 

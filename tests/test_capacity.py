@@ -162,6 +162,20 @@ def test_as_many_gpus_are_tried_as_the_run_needs() -> None:
     assert found.command.endswith("--num-gpus 4 --parallel fsdp --gpu 5GiB")
 
 
+def test_the_fewest_that_hold_it_need_not_be_a_power_of_two() -> None:
+    asked = {"method": "full", "mixed_precision": "no", "seq_len": 256}
+    found = fit("qwen2.5-0.5b", gpu="3GiB", over="num_gpus", **asked)
+    numbers = [number for number, _ in found.gpus]
+    fewest = numbers[-2]
+    assert numbers == [1, 2, 4, 8, 16, fewest, 32]
+    assert 16 < fewest < 32
+    assert found.command.endswith(f"--num-gpus {fewest} --parallel fsdp --gpu 3GiB")
+    for number, holds in ((fewest - 1, False), (fewest, True)):
+        made = plan("qwen2.5-0.5b", gpu="3GiB", num_gpus=number, parallel="fsdp", **asked)
+        assert made.fit
+        assert made.fit.fits is holds
+
+
 def test_more_gpus_that_hold_as_much_are_not_tried() -> None:
     found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp", num_gpus=8)
     assert [number for number, _ in found.gpus] == [1, 2, 4]
