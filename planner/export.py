@@ -277,11 +277,33 @@ def _axolotl(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]
 
 
 def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
-    if o.parallel not in ("none", "ddp"):
-        raise UsageError(f"accelerate's config of a run under {o.parallel} is not written yet; choose --parallel ddp")
+    how, config = "NO" if o.num_gpus == 1 else "MULTI_GPU", {}
+    if o.parallel == "fsdp":
+        how = "FSDP"
+        config["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": o.reshard_after_forward,
+            "fsdp_offload_params": o.cpu_offload,
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,  # gradient_checkpointing takes the same memory
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+        }
+    elif o.parallel.startswith("zero"):
+        how = "DEEPSPEED"
+        device = "cpu" if o.cpu_offload else "none"
+        third = o.parallel == "zero3"
+        config["deepspeed_config"] = {
+            "zero_stage": int(o.parallel[-1]),
+            "offload_optimizer_device": device,
+            "offload_param_device": device if third else "none",
+            "gradient_accumulation_steps": o.gradient_accumulation_steps,
+            "zero3_init_flag": third,
+        }
     keys = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO" if o.num_gpus == 1 else "MULTI_GPU",
+        "distributed_type": how,
+        **config,
         "mixed_precision": o.mixed_precision,
         "num_machines": 1,
         "num_processes": o.num_gpus,

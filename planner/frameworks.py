@@ -752,6 +752,48 @@ LLAMAFACTORY = Framework(
 
 # ----------------------------------------------------------------------------------------------------------- accelerate
 
+_ACCELERATED = {"NO": None, "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "zero"}
+_accelerated = _by_name("distributed_type", _ACCELERATED, "--parallel")
+_SHARED_BY = ("distributed_type", "fsdp_config", "deepspeed_config")
+
+
+def _within(config: Any, key: str, default: Any = None) -> Any:
+    found = config.get(key) if isinstance(config, dict) else None
+    return default if found is None else found
+
+
+def _parallel(kind: Any, _: Any, deepspeed: Any, number: Any) -> str | None:
+    how = _accelerated(kind)
+    if how == "zero":
+        stage = _within(deepspeed, "zero_stage", 2)
+        if stage not in (1, 2, 3):
+            raise UsageError(f"zero_stage is {shown(stage)}; planned are 1, 2 and 3 (--parallel)")
+        return f"zero{stage}"
+    return None if number == 1 and how == "ddp" else how  # accelerate launch on one GPU wraps nothing
+
+
+def _resharding(kind: Any, fsdp: Any, _: Any) -> Any:
+    return _within(fsdp, "fsdp_reshard_after_forward", True) if _accelerated(kind) == "fsdp" else None
+
+
+def _offloading(kind: Any, fsdp: Any, deepspeed: Any) -> Any:
+    how = _accelerated(kind)
+    if how == "fsdp":
+        return is_on(_within(fsdp, "fsdp_offload_params"))
+    return is_on(_within(deepspeed, "offload_optimizer_device")) if how == "zero" else None
+
+
+def _fsdp_has(key: str, *planned: Any) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether FSDP's `key` has another value than those that are planned; the first is accelerate's own."""
+    return lambda v: (
+        v.get("distributed_type") == "FSDP" and _within(v.get("fsdp_config"), key, planned[0]) not in planned[1:]
+    )
+
+
+def _deepspeed_has(*keys: str, on: Callable[[Any], bool] = is_on) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda v: any(on(_within(v.get("deepspeed_config"), key)) for key in keys)
+
+
 # Not a training config of its own: an exported one says the rest of its options in a comment.
 ACCELERATE = Framework(
     name="accelerate",
@@ -760,14 +802,37 @@ ACCELERATE = Framework(
     rules={
         "mixed_precision": _one("mixed_precision"),
         "num_gpus": _one("num_processes"),
+        "parallel": Rule(_SHARED_BY, _parallel, more=("num_processes",)),
+        "reshard_after_forward": Rule(_SHARED_BY, _resharding),
+        "cpu_offload": Rule(_SHARED_BY, _offloading),
     },
     remarks=(
-        _refused("deepspeed_config fsdp_config megatron_lm_config parallelism_config fp8_config", _SEVERAL),
+        _refused("megatron_lm_config parallelism_config fp8_config", _SEVERAL),
+        _refused(
+            "fsdp_config", "planned are units of one decoder layer (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)",
+            _fsdp_has("fsdp_auto_wrap_policy", "NO_WRAP", "TRANSFORMER_BASED_WRAP"),
+        ),
+        _refused(
+            "fsdp_config", "FSDP1 has other buffers than FSDP2, which is planned (fsdp_version: 2)",
+            _fsdp_has("fsdp_version", 1, 2, "2"),
+        ),
+        _noted(
+            "fsdp_config", "with fsdp_cpu_ram_efficient_loading one rank alone loads the model; planned is that all do",
+            lambda v: is_on(_within(v.get("fsdp_config"), "fsdp_cpu_ram_efficient_loading")),
+        ),
+        _refused(
+            "deepspeed_config", "a configuration file of DeepSpeed's own is not read",
+            _deepspeed_has("deepspeed_config_file"),
+        ),
+        _refused(
+            "deepspeed_config", "what lies on an NVMe disk cannot be planned",
+            _deepspeed_has("offload_optimizer_device", "offload_param_device", on=lambda value: value == "nvme"),
+        ),
         _refused("dynamo_config", "what a compiled model keeps depends on how the compiler fuses it"),
         _refused("use_cpu", "a run without a GPU takes none of its memory"),
     ),
     harmless=_harmless("accelerate"),
-)
+)  # fmt: skip
 
 FRAMEWORKS = {each.name: each for each in (AXOLOTL, LLAMAFACTORY, TRL, TRANSFORMERS, ACCELERATE)}
 

@@ -448,6 +448,46 @@ def test_keys_of_none_are_asked_about(write: Any) -> None:
     assert "did you mean llamafactory" in wrong(file, framework="llamafactry")
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}},
+            "FSDP1 has other buffers",
+        ),
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"},
+            },
+            "planned are units of one decoder layer",
+        ),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "zero_stage is 0; planned are 1, 2"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "a.json"}}, "is not read"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"offload_param_device": "nvme"}}, "NVMe disk"),
+        ({"distributed_type": "MEGATRON_LM"}, "unknown distributed_type 'MEGATRON_LM'"),
+        ({"distributed_type": "FSDP", "fsdp_config": "yes"}, "FSDP1"),
+    ],
+)
+def test_what_accelerate_does_and_no_plan_can(values: dict[str, Any], says: str, write: Any) -> None:
+    assert says in wrong(write({"num_processes": 8, **values}), framework="accelerate", model="gpt2")
+
+
+def test_accelerates_own_configs(write: Any) -> None:
+    """As `accelerate config` writes them; on one GPU there is nothing to share."""
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": False}
+    told = {"fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False}
+    file = write({"distributed_type": "FSDP", "num_processes": 8, "fsdp_config": fsdp | told})
+    reading = read([file], framework="accelerate", model="gpt2", method="full")
+    said = {name: reading.options[name] for name in ("num_gpus", "parallel", "reshard_after_forward", "cpu_offload")}
+    assert said == {"num_gpus": 8, "parallel": "fsdp", "reshard_after_forward": False, "cpu_offload": False}
+    assert any("one rank alone loads the model" in note for note in reading.notes)
+    alone = read([write({"distributed_type": "MULTI_GPU", "num_processes": 1})], framework="accelerate", model="gpt2")
+    assert "parallel" not in alone.options
+    third = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 3}}
+    assert read([write(third)], framework="accelerate", model="gpt2").options["parallel"] == "zero3"
+
+
 def test_trainings_arguments_saved_as_json(write: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     arguments = transformers.TrainingArguments(output_dir="out", per_device_train_batch_size=2, optim="sgd", fp16=True)

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import small
@@ -105,7 +106,6 @@ def test_the_plainest_plan_of_every_method_has_an_export(target: str, method: st
         ("axolotl", {"trainer": "trl"}, "axolotl makes trainer transformers, and trl is asked for"),
         ("llamafactory", {"method": "full", "weights_dtype": "bf16"}, "LLaMA-Factory makes weights_dtype fp32"),
         ("axolotl", {"method": "full"}, "holds norms, embeddings and head in float32"),
-        ("accelerate", {"method": "lora", "num_gpus": 2, "parallel": "fsdp"}, "choose --parallel ddp"),
         ("script", {"method": "lora", "num_gpus": 2}, "is nothing that --to script writes, and num_gpus is 2"),
         ("nope", {}, "unknown target 'nope'"),
     ],
@@ -148,6 +148,32 @@ def test_accelerate_reads_its_export(model: str, tmp_path: Path) -> None:
     found = config_args.ClusterConfig.from_yaml_file(str(file))
     assert (str(found.distributed_type), found.num_processes) == ("DistributedType.MULTI_GPU", 4)
     assert read([str(file)]).options["num_gpus"] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel": "ddp"},
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "reshard_after_forward": False, "cpu_offload": True},
+        {"parallel": "zero1"},
+        {"parallel": "zero2", "cpu_offload": True},
+        {"parallel": "zero3", "gradient_accumulation_steps": 3},
+    ],
+)
+def test_how_gpus_share_a_run_goes_there_and_back(options: dict[str, Any], model: str, tmp_path: Path) -> None:
+    launch = pytest.importorskip("accelerate.commands.launch")
+    file = tmp_path / "a.yml"
+    made = plan(model, method="full", num_gpus=4, **options)
+    file.write_text(export(made, "accelerate", command="").text)
+    back = read([str(file)])
+    assert parse_options(back.options).as_dict() == made.options.as_dict()
+    assert not back.notes
+    assert not back.unknown
+    keys = yaml.safe_load(file.read_text())
+    flags = {flag.lstrip("-") for flag in launch.launch_command_parser()._option_string_actions}
+    for name in ("fsdp_config", "deepspeed_config"):
+        assert set(keys.get(name, {})) <= flags
 
 
 @pytest.fixture
