@@ -390,9 +390,9 @@ class Fsdp:
         s, found = run.loaded, []
         if s.method == "full" and s.autocast and s.weights_dtype != "fp32":
             found.append(
-                "accelerate holds trained weights in float32 under fsdp with mixed precision, whole in each rank's host "
-                f"memory until it has sharded them, and gathers them in {s.autocast}; --mixed-precision no keeps them "
-                f"in {s.weights_dtype}"
+                "accelerate holds trained weights in float32 under fsdp with mixed precision, whole in each rank's "
+                f"host memory until it has sharded them, and gathers them in {s.autocast}; --mixed-precision no keeps "
+                f"them in {s.weights_dtype}"
             )
         if s.method == "qlora":
             found.append(
