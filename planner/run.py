@@ -283,17 +283,17 @@ class Run:
         return piece
 
     def micro_step(self, again: bool, last: bool = True) -> tuple[list[Stretch], list[int]]:
-        """Forward and backward of one micro-step, `again` on top of gradients; the ids of those it makes, in order.
+        """Forward and backward of one micro-step, `again` on top of gradients; the ids of those it leaves, in order.
 
         Every micro-step of a kind is the same, so it is put together once. `last`: the optimizer's step follows.
         """
         if again not in self._micro_steps:
             self._micro_steps[again] = self._put_together(again)
         made = self._micro_steps[again]
+        first = self._micro_steps[False] if again else made
         if self.sharing is None:
-            return made.stretches, made.grads
+            return made.stretches, first.grads
         if (again, last) not in self._shared:
-            first = self._micro_steps[False] if again else made
             self._shared[again, last] = self.sharing.micro_step(self, made, first, last)
         return self._shared[again, last]
 
@@ -452,7 +452,7 @@ class Run:
         for micro in range(micro_steps):  # the last one leaves the gradients that are let go
             stretches, made = self.micro_step(again=micro > 0, last=micro == micro_steps - 1)
             out += self._with_loss(self._with_firsts(stretches) if first and micro == 0 else stretches)
-            grads = made or grads
+            grads = made
         out += self.update(first)
         out.append(Stretch("gradients let go", [2 * g + 1 for g in grads]))
         return out

@@ -251,7 +251,7 @@ class Ddp:
 
     def micro_step(self, run: Run, made: MicroStep, first: MicroStep, last: bool) -> tuple[list[Stretch], list[int]]:  # noqa: ARG002
         """Gradients are copied to their buckets and back: nothing is allocated."""
-        return made.stretches, made.grads
+        return made.stretches, first.grads
 
 
 def _tensors(run: Run) -> Iterator[tuple[int, str]]:
@@ -268,7 +268,7 @@ def _tensors(run: Run) -> Iterator[tuple[int, str]]:
                 dtype = weight.dtype(s.frozen_dtype)
                 yield weight.numel * ITEMSIZE[dtype], dtype
         for p in held.parameters:
-            if s.method != "full" and p.name.startswith(f"{module.name}."):
+            if s.method != "full" and _adapts(p, module):
                 yield p.numel * ITEMSIZE[p.dtype], p.dtype
     for _, nbytes in loading.buffers(a):
         yield nbytes, "fp32"
@@ -482,14 +482,17 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
             dtype = weight.dtype(own)
             found.append(Share(name, weight.shape, dtype, low or dtype, full))
     if not full:
-        prefix = f"{module.name}."
         dtype = s.adapter_dtype
         found += [
-            Share(f"{at}{p.name}", p.shape, dtype, low or dtype, True)
-            for p in held.parameters
-            if p.name.startswith(prefix)
+            Share(f"{at}{p.name}", p.shape, dtype, low or dtype, True) for p in held.parameters if _adapts(p, module)
         ]
     return found
+
+
+def _adapts(p: Parameter, module: Module) -> bool:
+    """Whether an adapter's weight is one of this module, or of a parameter that it holds by itself."""
+    owner = p.name.rpartition(".lora_")[0]
+    return owner == module.name or any(owner == f"{module.name}.{weight.name}" for weight in module.weights)
 
 
 def of(options: TrainingOptions) -> Sharing | None:
@@ -518,7 +521,7 @@ class _Hooks:
         self.program: Program = run.program
         self.ranks = sharing.ranks
         self.offload = sharing.cpu_offload
-        self.made, self.last = made, last
+        self.made, self.last, self.left = made, last, first.grads
         units = sharing.units(run)
         self.units = units
         self.stretches = [list(stretch.events) for stretch in made.stretches]
@@ -542,7 +545,7 @@ class _Hooks:
         self._backward()
         names = [stretch.name for stretch in self.made.stretches]
         played = [Stretch(name, events) for name, events in zip(names, self.stretches, strict=True)]
-        return played, self.reduced if self.last else self.made.grads
+        return played, self.reduced if self.last else self.left
 
     def _before(self, place: int, *each: list[int]) -> None:
         """Adds events before a stretch, after those that were added before; past the last one, at the end."""

@@ -16,10 +16,12 @@ from vramplan.planner import around, blocks, ops
 from vramplan.planner.paper import Node, Storage, Tape, Tensor, backward, checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.cache import Cache
     from vramplan.planner.layers import Architecture, Layer
-    from vramplan.planner.paper import Shape
+    from vramplan.planner.paper import Parameter, Shape
     from vramplan.planner.trainer import Trainer
 
 NOWHERE = -1
@@ -107,6 +109,7 @@ def play_layer(
         into = backward(tape, roots, [source])
         if into[0] is not None and into[0].storage is not None:
             grad_made = into[0].storage.id
+        _small_gradients(tape, held.parameters)
         back = tuple(tape.events)
         del into
     else:
@@ -121,6 +124,16 @@ def play_layer(
         parameter.grad = None
         parameter.node = None
     return piece
+
+
+def _small_gradients(tape: Tape, parameters: Sequence[Parameter]) -> None:
+    """Gradients whose sums are not played, some kilobytes in all: attention sinks, xIELU's numbers, norms of one head.
+
+    They are there when the layer's backward has ended.
+    """
+    for p in parameters:
+        if (edge := p.edge()) and p.grad is None:
+            edge[0].backward([tape.new(p.shape, p.dtype, "gradient")], [])
 
 
 def _ids(cache: Cache | None) -> list[int]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import CASES, small
 
 from vramplan import plan
 from vramplan.planner import memory, sharding, throughput
 from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.errors import UsageError
+from vramplan.planner.paper import ITEMSIZE
 from vramplan.planner.run import Run, alive
 from vramplan.planner.sharding import BUCKET, FIRST_BUCKET, Fsdp, Share, Unit, buckets, rows_of
 from vramplan.planner.traffic import Hooks
@@ -386,3 +389,50 @@ def test_links_that_are_assumed_are_said(gpu: str, num_gpus: int, said: str) -> 
     assert time
     assert bool(time.assumed) == bool(said)
     assert said in time.assumed
+
+
+# ------------------------------------------------------------------------------------------------------ every family
+
+ADAPTED = {"phimoe": "attention"}  # where PEFT's default cannot run
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("model_type", CASES)
+def test_every_family_is_shared_whole(model_type: str, method: str) -> None:
+    """Whatever the model, all that is trained lies in one unit, once, and each of it has its gradient."""
+    for index in range(len(CASES[model_type])):
+        named = {"target_modules": ADAPTED[model_type]} if model_type in ADAPTED and method != "full" else {}
+        run = run_of(small(model_type, index), method=method, parallel="fsdp", seq_len=8, **named)
+        shares = [s for unit in units_of(run).all for s in unit.shares if s.trained]
+        assert len({s.name for s in shares}) == len(shares)
+        assert sum(prod(s.shape) for s in shares) == sum(p.numel for p in run.trained)
+        made = run.first_micro_step
+        assert len(made.grads) == len(run.trained)
+        assert [run.program.sizes[g] for g in made.grads] == [p.numel * ITEMSIZE[p.dtype] for p in run.trained]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"parallel": "ddp"},
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "cpu_offload": True},
+        {"parallel": "fsdp", "reshard_after_forward": False},
+        {"parallel": "zero1"},
+        {"parallel": "zero2"},
+        {"parallel": "zero2", "cpu_offload": True},
+        {"parallel": "zero3"},
+        {"parallel": "zero3", "cpu_offload": True},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+@pytest.mark.parametrize("model_type", CASES)
+def test_every_family_is_planned_however_it_is_shared(model_type: str, how: dict[str, Any]) -> None:
+    """With accumulation, and on a GPU, so that a step's time is played too."""
+    named = {"target_modules": ADAPTED[model_type]} if model_type in ADAPTED else {}
+    options = {"seq_len": 8, "num_gpus": 3, "gradient_accumulation_steps": 3, **how}
+    for method, more in (("full", {}), ("lora", named)):
+        made = plan(small(model_type), gpu="h200", method=method, **options, **more)
+        assert 0 < made.memory.peak_allocated_bytes <= made.memory.peak_reserved_bytes
+        assert made.fit
+        assert made.fit.fits
