@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 METHODS = ("full", "lora", "qlora")  # the most demanding first
 OVER = ("batch_size", "seq_len", "rank", "method", "num_gpus")
+ALONE = ("loading", "k-bit preparation", "adapter")  # stretches that each GPU plays as if it had no other
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_TOKENS = 2**20  # of a sequence, where the model has no limit of its own
 # Sizes that are tried; of sequences up to the model's positions.
@@ -103,9 +104,9 @@ class Cell(NamedTuple):
 class Capacity:
     """What fits one GPU, or how many of it a run takes. `asked` is the run as it was asked for.
 
-    `methods`, `gpus` and `frontier` are empty where not asked. `gpus` doubles to the first number that holds the run,
-    or of which each GPU holds as much as of half as many; before it come the fewest that do, where they are fewer.
-    `command` plans the run, on the fewest that hold it or the last.
+    `methods`, `gpus` and `frontier` are empty where not asked. `gpus` doubles to the first number that holds the run
+    with its whole cache, or beyond which no more will; among them are the fewest that hold it so, and only just.
+    `command` plans the run, on the fewest that hold it, be it only just, or the last.
     """
 
     model: ModelReference
@@ -176,6 +177,7 @@ def fit(
     asked = {name: value for name, value in options.items() if value is not None}
     several = {"parallel": "fsdp", **asked}
     if "num_gpus" in names:
+        _refuse_with_gpus(names, asked)
         asked = for_gpus(asked, 1)
     positions = _positions(architecture.config)
     if "seq_len" in names and positions < parse_options({}).seq_len:  # a default must not be beyond what is searched
@@ -237,6 +239,17 @@ def _over(over: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _refuse_with_gpus(names: Sequence[str], asked: Asked) -> None:
+    """The number of GPUs is looked for by itself, and for some way to share the work."""
+    if len(names) > 1:
+        others = ", ".join(name for name in names if name != "num_gpus")
+        raise UsageError(f"num_gpus is varied alone, since {others} depends on it; ask one after the other (--over)")
+    if "num_gpus" in asked:
+        raise UsageError(f"num_gpus {asked['num_gpus']} is given, and is to be found too; leave out one (--num-gpus)")
+    if asked.get("parallel") == "none":
+        raise UsageError("parallel none shares the work of one GPU with no other; choose --parallel fsdp")
+
+
 def _positions(config: Mapping[str, Any]) -> int:
     """The model's own limit of a sequence, else the most that is tried."""
     positions, most = config.get("max_position_embeddings"), _SIZES["seq_len"][-1]
@@ -284,25 +297,52 @@ def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
 
 
 def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
-    """The run on one GPU, and shared by twice as many each time, until it fits or each of them holds as much.
+    """The run on one GPU, and shared by twice as many each time, until it fits with its whole cache or never will.
 
-    Between the last two, the fewest that hold it are looked for.
+    Below the first power of two that holds it, and below the first that holds it so, the fewest are looked for: the
+    number before them does not. Raises UsageError where it cannot be shared so at all.
     """
-    found: list[tuple[int, Trial]] = []
+    found: dict[int, Trial] = {}
+    peaks: list[int] = []
+    needs: list[int] = []
+
+    def tried(number: int) -> Trial:
+        if number not in found:
+            found[number] = bench.trial(for_gpus(asked, number))
+        return found[number]
+
+    def fewest(number: int, holds: Callable[[Asked], bool]) -> None:
+        least = number // 2
+        more = largest(lambda n: not holds(for_gpus(asked, least + n)), 1, number - least).fails
+        assert more is not None  # the last of them is `number`
+        tried(least + more)
+
+    holding = 0
     for number in GPUS:
-        found.append((number, bench.trial(for_gpus(asked, number))))
-        fits = [trial.fit for _, trial in found[1:] if trial.fit]
-        alike = len(fits) > 1 and fits[-1].needed_bytes >= fits[-2].needed_bytes
-        if found[-1][1].survives or alike:
+        trial = tried(number)
+        if number > 1 and trial.refused:
+            raise UsageError(trial.refused)
+        if trial.survives and not holding:
+            holding = number
+        if trial.roomy:
             break
-    number, last = found[-1]
-    least = number // 2
-    if last.survives and least:
-        fewest = largest(lambda n: not bench.survives(for_gpus(asked, least + n)), 1, number - least).fails
-        assert fewest is not None  # the last of them is `number`
-        if least + fewest < number:
-            found.insert(-1, (least + fewest, bench.trial(for_gpus(asked, least + fewest))))
-    return found
+        if number > 1:
+            peaks.append(bench.least_bytes(for_gpus(asked, number)))
+            needs.append(trial.fit.needed_bytes if trial.fit else 0)
+            never = _hopeless(peaks, bench.room_bytes) or (holding and _hopeless(needs, bench.gpu.budget_bytes))
+            if never or (trial.runs_out in ALONE and found[number // 2].runs_out in ALONE):
+                break
+    last = max(found)
+    if holding > 1:
+        fewest(holding, bench.survives)
+    if last > holding and found[last].roomy:
+        fewest(last, bench.roomy)
+    return sorted(found.items())
+
+
+def _hopeless(peaks: Sequence[int], room_bytes: int) -> bool:
+    """Whether no number of GPUs will do: what is shared halves each time, so it falls by no more than it just did."""
+    return len(peaks) > 1 and peaks[-1] - max(0, peaks[-2] - peaks[-1]) > room_bytes
 
 
 def _cell(bench: Bench, asked: Asked) -> Cell:

@@ -64,7 +64,8 @@ class Gpu:
     bandwidth_gb_s: float | None = None
     tensor_tflops: float | None = None  # dense bf16 or fp16 with float32 accumulation
     fp32_tflops: float | None = None
-    nvlink_gb_s: float | None = None  # both directions together
+    nvlink_gb_s: float | None = None  # both directions together; AMD's Infinity Fabric too
+    nvlink_gpus: int | None = None  # how many it joins: 2 by a bridge, 8 on a board, 72 in a rack, 1 with its CPU alone
     pcie_gen: int | None = None
     tdp_w: int | None = None
     bf16: bool | None = None

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from vramplan.planner import traffic
 from vramplan.planner.paper import ITEMSIZE
-from vramplan.planner.sharding import Ddp, Fsdp, Unit
+from vramplan.planner.sharding import BUCKET, Ddp, Fsdp, Unit
 from vramplan.planner.traffic import Kernel, Section
-from vramplan.planner.zero import Zero, Zero3
+from vramplan.planner.zero import REDUCE_BUCKET, Zero, Zero3
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,11 +34,8 @@ def micro_step(run: Run, sections: Sequence[Section], *, last: bool) -> list[Sec
     sharing = run.sharing
     if isinstance(sharing, Fsdp | Zero3):
         return _gathered(run, sections, last=last or isinstance(sharing, Zero3))
-    if isinstance(sharing, Ddp) and last:
-        return _in_buckets(run, sections, 2.0)
-    if isinstance(sharing, Zero):
-        return _in_buckets(run, sections, 2.0)
-    return list(sections)
+    each_time = isinstance(sharing, Zero) and sharing.stage == 2
+    return _in_buckets(run, sections) if last or each_time else list(sections)
 
 
 def unknown(run: Run) -> bool:
@@ -134,10 +131,14 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool, o
     )
 
 
-def _in_buckets(run: Run, sections: Sequence[Section], times: float) -> list[Section]:
-    """Backward's sections with their share of the gradients, copied to buckets and back, and added up."""
+def _in_buckets(run: Run, sections: Sequence[Section]) -> list[Section]:
+    """Backward's sections with their share of the gradients, copied to buckets and back, and added up.
+
+    DeepSpeed without overlap_comm does so on the stream that computes (stage_1_and_2.py, average_tensor).
+    """
     assert isinstance(run.sharing, Ddp | Zero)
-    n = run.sharing.ranks
+    n, waits = run.sharing.ranks, isinstance(run.sharing, Zero)
+    bucket = REDUCE_BUCKET * ITEMSIZE[run.settings.weights_dtype] if waits else BUCKET
     layers = len(run.layers)
     made = run.first_micro_step
     sizes = run.program.sizes
@@ -150,8 +151,8 @@ def _in_buckets(run: Run, sections: Sequence[Section], times: float) -> list[Sec
             kernels = section.kernels.copy()
             kernels[Kernel(COPIES, 0, 2 * nbytes // len(grads))] += 2 * len(grads)
             known[key] = replace(
-                section, kernels=kernels, reduced=int(times * nbytes * (n - 1) / n),
-                hooks=section.hooks._replace(bucketed=len(grads)),
+                section, kernels=kernels, reduced=2 * nbytes * (n - 1) // n, sums=nbytes / bucket,
+                waits=waits, hooks=section.hooks._replace(bucketed=len(grads)),
             )  # fmt: skip
         return known.get(key, section)
 

@@ -107,7 +107,7 @@ def costs(
     `fits` and `step_s` answer for a GPU's name; each is asked once for a GPU, `step_s` only where the run fits. A GPU
     whose rates nobody has read has no `step_s`, and its offers are left out.
     """
-    from vramplan.planner.throughput import HOST_GPUS  # who asks for a step's time has it
+    from vramplan.planner.links import HOST_GPUS  # who asks for a step's time has it
 
     size = work(run)
     seconds: dict[str, Range | None] = {}

@@ -60,12 +60,16 @@ def room_bytes(gpu: Gpu, played: MemoryEstimate | Device) -> int:
 def judged(gpu: Gpu, played: MemoryEstimate, within: Callable[[int], MemoryEstimate], uses: Iterable[str] = ()) -> Fit:
     """A run on one GPU, from its replay with boundless memory; `within` replays it with so much to reserve.
 
-    Where only the cache is too much, the second replay says whether the run survives by giving it back.
+    Where only the cache is too much, of training or of loading, the second replay says whether the run survives by
+    giving it back.
     """
     fit, room = fit_on(gpu, played.needed_bytes, uses), room_bytes(gpu, played)
-    if fit.fits or played.peak_allocated_bytes > room:
+    if played.peak_allocated_bytes > room or (fit.fits and played.before_reserved_bytes <= room):
         return fit
     limited = within(room)
+    if fit.fits:  # it is loading that may not
+        beyond = played.before_reserved_bytes - played.most_reserved_bytes
+        return fit._replace(needed_bytes=fit.needed_bytes + beyond) if limited.out_of_memory else fit
     return fit if limited.out_of_memory else fit._replace(retries=limited.retries)
 
 

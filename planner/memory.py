@@ -11,7 +11,7 @@ from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.device import nccl_bytes
 from vramplan.planner.errors import UsageError
 from vramplan.planner.parameters import is_quantised
-from vramplan.planner.run import Run, alive
+from vramplan.planner.run import Run, Stretch, alive
 from vramplan.planner.trainer import TRAINERS
 from vramplan.planner.versions import as_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vramplan.planner.device import Device
     from vramplan.planner.layers import Architecture
     from vramplan.planner.parameters import ParameterCounts
-    from vramplan.planner.run import Program, Stretch
+    from vramplan.planner.run import Program
     from vramplan.planner.training import TrainingOptions
 
 MASKS_FEWER_EXPERTS = (5, 18)  # of transformers: integrations/moe.py, only under expert parallelism from here on
@@ -90,10 +90,12 @@ class MemoryEstimate:
     """What a run needs on one GPU, in bytes; `components` are alive at the peak and sum to it exactly.
 
     `context_bytes` is as the driver's tools show it; `hidden_bytes` of it are what the driver keeps for itself, beyond
-    what CUDA counts as the GPU's memory. `paged_bytes` are optimizer states in managed memory, which the driver moves
-    off the GPU when room is short: they are in none of the other figures. Under a limit, `retries` is how often PyTorch
-    gives its whole cache back to make room, and `out_of_memory` the phase in which that is not enough: figures are then
-    those up to there. `phases` are those that were asked for; the figures are of `phase`, which reserves the most.
+    what CUDA counts as the GPU's memory. `before_allocated_bytes` and `before_reserved_bytes` are the peaks before the
+    first step, while the model is loaded and shared; what is cached there goes for nothing. `paged_bytes` are optimizer
+    states in managed memory, which the driver moves off the GPU when room is short: they are in none of the other
+    figures. Under a limit, `retries` is how often PyTorch gives its whole cache back to make room in training, and
+    `out_of_memory` the phase in which that is not enough: figures are then those up to there. `phases` are those that
+    were asked for; the figures are of `phase`, which reserves most.
     """
 
     components: tuple[Component, ...]
@@ -102,6 +104,8 @@ class MemoryEstimate:
     context_bytes: int
     hidden_bytes: int
     peak_phase: str
+    before_allocated_bytes: int
+    before_reserved_bytes: int
     loaded_bytes: int
     ready_bytes: int
     timeline: tuple[Moment, ...] = ()
@@ -120,8 +124,13 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """The same in CUDA's count, to be held against the memory that CUDA sees on a GPU."""
-        return self.device_bytes - self.hidden_bytes
+        """What a GPU must have in CUDA's count, to be held against the memory that CUDA sees there."""
+        return self.most_reserved_bytes + self.context_bytes - self.hidden_bytes
+
+    @property
+    def most_reserved_bytes(self) -> int:
+        """What PyTorch must be able to reserve, from loading on, so that training has its whole cache."""
+        return max(self.peak_reserved_bytes, self.before_allocated_bytes)
 
 
 def settings(options: TrainingOptions, on: Device) -> blocks.Settings:
@@ -225,7 +234,7 @@ def estimate(
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
     nccl, _ = nccl_bytes(options.num_gpus, options.parallel)
     context = made.context_bytes + nccl
-    return replace(made, context_bytes=context, nccl_bytes=nccl, notes=_notes(run, on, options, made.phases))
+    return replace(made, context_bytes=context, nccl_bytes=nccl, notes=_notes(run, on, options, made))
 
 
 def _allocator(run: Played, options: TrainingOptions, limit_bytes: int | None) -> Allocator | Streams:
@@ -279,26 +288,32 @@ def replay(
             failed = stretch.name
         return result
 
-    beginning = run.loading
+    beginning = list(run.loading)
     before_training: list[Replay] = []
     for position, stretch in enumerate(beginning):
         if position >= READY:
             allocator.empty_cache()  # see below: the Trainer does that before accelerate shares the model
+        if stretch.wanted and limit_bytes is not None:
+            free = limit_bytes - allocator.replay([], program.sizes).reserved_bytes
+            if free < stretch.wanted:
+                beginning[position] = Stretch(stretch.name, [*stretch.otherwise])
         before_training.append(replayed(set(), beginning, position))
         if failed:
             break
         if stretch.events and position == PREPARED:
             allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
     reserved = before_training[-1].reserved_bytes
+    before = before_training if limit_bytes is not None else _least(run, options, before_training)
     if not failed:
         best = -1  # the peak of a plan is that of training
         if len(beginning) <= READY:
             allocator.empty_cache()  # accelerator.free_memory (transformers/trainer.py, _inner_training_loop)
         reserved = allocator.replay([], program.sizes).reserved_bytes
+    retries = allocator.retries  # what loading gave back costs nothing
     for number in range(0 if failed else STEPS):
         held, played = allocator.held, run.step(number)
         moments: list[Moment] = []
-        before = reserved
+        reserved_before = reserved
         for position, stretch in enumerate(played):
             result = replayed(held, played, position)
             note(moments, Moment(stretch.name, result.peak_allocated_bytes, result.allocated_bytes))
@@ -306,8 +321,8 @@ def replay(
             if failed:
                 break
         timeline = timeline or tuple(moments)
-        settled = number > 0 and (reserved - before) * SETTLED < reserved
-        if failed or (settled and not allocator.retries):
+        settled = number > 0 and (reserved - reserved_before) * SETTLED < reserved
+        if failed or (settled and allocator.retries == retries):
             break  # a step that needed hardly more than the one before: the next is nearly the same
     return MemoryEstimate(
         components=components(program, alive_at(*at_best), best, sources),
@@ -316,13 +331,27 @@ def replay(
         context_bytes=on.context_bytes,
         hidden_bytes=on.hidden_bytes,
         peak_phase=phase,
+        before_allocated_bytes=max(each.peak_allocated_bytes for each in before),
+        before_reserved_bytes=max(each.peak_reserved_bytes for each in before),
         loaded_bytes=before_training[0].allocated_bytes,
         ready_bytes=before_training[:READY][-1].allocated_bytes,
         timeline=timeline,
         paged_bytes=run.paged_bytes,
-        retries=allocator.retries,
+        retries=allocator.retries - retries,
         out_of_memory=failed,
     )
+
+
+def _least(run: Played, options: TrainingOptions, as_played: Sequence[Replay]) -> Sequence[Replay]:
+    """What loading needs at least: where it can do with less it does, on a GPU that has no more."""
+    if not any(stretch.otherwise for stretch in run.loading):
+        return as_played
+    allocator, found = _allocator(run, options, None), []
+    for position, stretch in enumerate(run.loading):
+        if position >= READY:
+            allocator.empty_cache()
+        found.append(allocator.replay([*stretch.otherwise] or stretch.events, run.program.sizes))
+    return found
 
 
 def no_room(failed: OutOfMemory, flags: str) -> UsageError:
@@ -397,9 +426,15 @@ def _formula(found: Counter[tuple[str, int]]) -> str:
     return " + ".join([*shown, *([f"{rest:,} B (others)"] if rest else [])])
 
 
-def _notes(run: Run, on: Device, options: TrainingOptions, phases: Sequence[Phase]) -> tuple[str, ...]:
+def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate) -> tuple[str, ...]:
     """What a reader needs to know beside the figures."""
+    phases = made.phases
     notes = [f"{phase.name}: {phase.where}" for phase in phases if phase.where]
+    if made.before_allocated_bytes > made.peak_reserved_bytes:
+        notes.append(
+            f"before the first step {units.format_gib(made.before_allocated_bytes)} are allocated to load the model"
+            f"{' and share it' if run.sharing else ''}, more than training takes; a GPU must hold that too"
+        )
     s = run.loaded
     if s.method == "qlora" and s.frozen_dtype == "fp32" and any(phase.name == "generation" for phase in phases):
         notes.append(
@@ -433,7 +468,7 @@ def _notes(run: Run, on: Device, options: TrainingOptions, phases: Sequence[Phas
     if run.sharing is not None:
         notes += run.sharing.notes(run)
         nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
-        if measured != options.num_gpus:
+        if measured != options.num_gpus or on.gpu is None or on.gpu.name != "h200":
             notes.append(
                 f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} H200s"
             )

@@ -238,7 +238,7 @@ def with_others(
     `allocator` is as training has left it. Raises UsageError for what no machine holds.
     """
     found: dict[str, Phase] = {}
-    failed, retries = "", 0
+    failed, retries = "", training.retries - allocator.retries
     ours = {KEPT: "transformers/trainer_pt_utils.py, EvalLoopContainer", "KV cache": "transformers/cache_utils.py"}
     sources = {**sources, **ours}
     for name in options.phases:

@@ -170,6 +170,8 @@ def memory_dict(memory: MemoryEstimate) -> dict[str, Any]:
             }
             for phase in memory.phases
         ],
+        "before_allocated_bytes": memory.before_allocated_bytes,
+        "before_reserved_bytes": memory.before_reserved_bytes,
         "loaded_bytes": memory.loaded_bytes,
         "ready_bytes": memory.ready_bytes,
         "paged_bytes": memory.paged_bytes,
@@ -280,7 +282,7 @@ def fits(
 
 def _needed(estimate: MemoryEstimate, on: Device) -> int:
     """Bytes of a GPU's budget that a plan takes there: the same reserved memory, and that GPU's own context."""
-    return estimate.peak_reserved_bytes + on.context_bytes + estimate.nccl_bytes - on.hidden_bytes
+    return estimate.most_reserved_bytes + on.context_bytes + estimate.nccl_bytes - on.hidden_bytes
 
 
 def _packages(run: TrainingOptions) -> list[str]:

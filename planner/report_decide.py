@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
-from vramplan.planner.capacity import GPUS, MOST_TOKENS
+from vramplan.planner.capacity import ALONE, GPUS, MOST_TOKENS
 from vramplan.planner.errors import UsageError
 from vramplan.planner.report import Block, Row, gpus_in_use, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
@@ -49,7 +49,7 @@ def fit_page(found: Capacity) -> list[Block]:
         counts = [_method(f"{number:,} GPU" + "s" * (number > 1), trial) for number, trial in found.gpus]
         number, last = found.gpus[-1]
         if not last.survives and number < GPUS[-1]:
-            counts.append(Row(("more", "do not help: each holds as much")))
+            counts.append(Row(("more", _no_more(last))))
         page.append(
             Block(
                 f"Number of GPUs ({name}), batch {found.options.batch_size} x {found.options.seq_len} on each",
@@ -62,6 +62,12 @@ def fit_page(found: Capacity) -> list[Block]:
     if notes := list(_fit_notes(found)):
         page.append(Block("Notes", "<<", [Row(("-", note)) for note in notes]))
     return [*page, _commands([found.command])]
+
+
+def _no_more(last: Trial) -> str:
+    if last.runs_out in ALONE:
+        return "do not help: each loads the whole model"
+    return "do not help: what each holds by itself is too much"
 
 
 def _limit(limit: Limit) -> Row:

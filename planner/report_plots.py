@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 TYPES = ("svg", "png", "pdf")
 PLOTS = ("timeline", "breakdown")  # of a plan
 CACHED, NCCL, CONTEXT, SMALLER = "cached by PyTorch, unused", "NCCL", "CUDA context", "smaller parts"
-_ENDS = (SMALLER, CACHED, NCCL, CONTEXT)  # of every bar, in this order
+LOADING = "more while it is loaded"
+_ENDS = (SMALLER, CACHED, LOADING, NCCL, CONTEXT)  # of every bar, in this order
 _MOST_BARS = 60
 _SMALL = 0.01  # of the whole: what is less is put together
 _COLUMNS = 4  # of the breakdown's legend
@@ -63,6 +64,7 @@ COLOURS = {
     "gradient buckets": "#ddcc77",
     SMALLER: "#8c8c8c",
     CACHED: "#c4c4c4",
+    LOADING: "#e0b0b0",
     NCCL: "#a3a3a3",
     CONTEXT: "#5c5c5c",
 }
@@ -247,18 +249,20 @@ def bars(plan: Plan) -> list[Bar]:
         others = {label: fit for label, fit in fits.items() if fit.gpu.memory_gb != plan.fit.gpu.memory_gb}
         fits = {plan.fit.gpu.name: plan.fit} | others
     return [
-        Bar(label, _parts(plan.memory, fit.needed_bytes), fit.gpu.budget_bytes)
+        Bar(label, _parts(plan.memory, fit.needed_bytes - plan.memory.most_reserved_bytes), fit.gpu.budget_bytes)
         for label, fit in sorted(fits.items(), key=lambda each: each[1].gpu.budget_bytes)
     ]
 
 
-def _parts(memory: MemoryEstimate, needed_bytes: int) -> dict[str, int]:
-    """What is on a GPU at the peak, `needed_bytes` in all."""
+def _parts(memory: MemoryEstimate, context_bytes: int) -> dict[str, int]:
+    """What is on a GPU at the peak, `context_bytes` beside what PyTorch reserves, and what loading takes beyond."""
+    beyond = memory.most_reserved_bytes - memory.peak_reserved_bytes
     return {
         **{each.name: each.bytes for each in memory.components},
         CACHED: memory.peak_reserved_bytes - memory.peak_allocated_bytes,
+        **({LOADING: beyond} if beyond else {}),
         **({NCCL: memory.nccl_bytes} if memory.nccl_bytes else {}),
-        CONTEXT: needed_bytes - memory.peak_reserved_bytes - memory.nccl_bytes,
+        CONTEXT: context_bytes - memory.nccl_bytes,
     }
 
 
@@ -267,9 +271,9 @@ def rows(table: Table) -> Figure:
     given: dict[str, Bar] = {}  # cells that one GPU makes alike are one row
     for cell in table.cells:
         if (memory := cell.memory) is not None:
-            nbytes = memory.device_bytes if cell.budget_bytes is None else memory.needed_bytes
+            hidden = 0 if cell.budget_bytes is None else memory.hidden_bytes
             label = _label(table, cell)
-            given[label] = Bar(label, _parts(memory, nbytes), cell.budget_bytes)
+            given[label] = Bar(label, _parts(memory, memory.context_bytes - hidden), cell.budget_bytes)
     if len(given) > _MOST_BARS:
         raise UsageError(f"these are {len(given)} bars, and a picture holds {_MOST_BARS}; leave values out (--plot)")
     names = {axis.name: axis.values for axis in table.axes}

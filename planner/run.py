@@ -88,10 +88,15 @@ def moved(events: Sequence[int], base: int, links: Mapping[int, int], positions:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A run of events under one name: "loading", "forward", "backward, layer 3", "optimizer step"."""
+    """A run of events under one name: "loading", "forward", "backward, layer 3", "optimizer step".
+
+    Where less than `wanted` bytes are free on the GPU when it begins, `otherwise` is played in its place.
+    """
 
     name: str
     events: list[int]
+    wanted: int = 0
+    otherwise: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from vramplan.planner import optimizer
+from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.memory import Component
 from vramplan.planner.paper import ITEMSIZE
 from vramplan.planner.parameters import safetensors_bytes
-from vramplan.planner.throughput import HOST_GPUS
 from vramplan.planner.trainer import TRAINERS
 from vramplan.planner.units import format_bytes, format_count
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.planner import traffic
+from vramplan.planner.links import Link, assumed, links, pcie_per_s
 from vramplan.planner.paper import H200
 
 if TYPE_CHECKING:
@@ -114,14 +115,6 @@ _TENSOR_S = {
     "adafactor": 296e-6,
 }
 _TENSOR_BNB_S = 60e-6
-HOST_GPUS = 8  # GPUs that one host's links join; beyond, a network between hosts is assumed
-# Of NVLink's bytes in one direction, over NCCL 2.28 between two H200s (NV18, NCCL_NVLS_ENABLE=0): all_gather and
-# reduce_scatter of 512 MiB and 1 GiB 0.52 to 0.58, of 128 MiB 0.45 to 0.48; all_reduce of 1 GiB 0.72.
-_NVLINK = Range(0.55, 0.70, 0.40)
-# PCIe with 16 lanes, and a network of 400 Gb/s for each GPU: assumed, as is what collectives reach of them.
-_PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
-_NETWORK_PER_S = 50e9
-_WIRE = Range(0.7, 0.9, 0.4)
 # Seconds of the host for each of traffic.Hooks, and for a DTensor in clipping or in the optimizer's step, measured by
 # themselves (probes/sharing_times.py, tables/sharing_times.json): the quickest of 22 rounds, what a layer more takes,
 # with 9, 13 and 23 weights of which 9, 4 and 14 are trained. DDP's gradients are copied twice, from C++: a launch each,
@@ -144,7 +137,7 @@ _LOOPS = Range(1.0, 0.2, 1.4)  # with 16 threads Adam's took 0.14 to 0.16 of tha
 class Ceilings:
     """What a GPU and its host reach: FLOP/s of products in 16 bits and in 32, and of attention; bytes/s; seconds.
 
-    `link_per_s` are bytes in one direction between this GPU and the others, where several share a run, and `pcie_per_s`
+    `link` is what joins this GPU and the others, where several share a run; `pcie_per_s` are bytes in one direction
     between it and the host's memory.
     """
 
@@ -157,8 +150,8 @@ class Ceilings:
     latency_s: float
     multiprocessors: int
     host: Host
-    link_per_s: float = math.inf
-    pcie_per_s: float = math.inf
+    link: Link
+    pcie_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,29 +207,6 @@ def ceilings(
     return _ceilings(gpu, calibration.matmul_flops_per_s, calibration.copy_bytes_per_s, num_gpus)
 
 
-def link(gpu: Gpu, num_gpus: int) -> Range:
-    """Bytes a second in one direction between a GPU and the others, as collectives reach them."""
-    if num_gpus > HOST_GPUS:
-        return Range(*[share * _NETWORK_PER_S for share in _WIRE])
-    if gpu.nvlink_gb_s:
-        return Range(*[share * gpu.nvlink_gb_s / 2 * 1e9 for share in _NVLINK])
-    return Range(*[share * _pcie(gpu) for share in _WIRE])
-
-
-def _pcie(gpu: Gpu) -> float:
-    return _PCIE_PER_S.get(gpu.pcie_gen or 4, _PCIE_PER_S[4])
-
-
-def _assumed(gpu: Gpu, num_gpus: int) -> str:
-    if num_gpus == 1 or (gpu.nvlink_gb_s and num_gpus <= HOST_GPUS):
-        return ""
-    if num_gpus > HOST_GPUS:
-        between = f"a network between hosts of {HOST_GPUS} GPUs that carries {_NETWORK_PER_S / 1e9:g} GB/s for each GPU"
-    else:
-        between = f"PCIe {gpu.pcie_gen or 4} with 16 lanes for each GPU"
-    return f"the step's time assumes {between}, of which collectives reach {_WIRE.middle:.0%}; neither is measured"
-
-
 @lru_cache
 def _ceilings(
     gpu: Gpu, learned: float | None, copies: float | None, num_gpus: int
@@ -246,6 +216,7 @@ def _ceilings(
     share = _PRODUCTS.get(gpu.vendor or "", _PRODUCTS["NVIDIA"])
     made = []
     hosts = _HOST_SPEED if num_gpus == 1 else _HOST_SPEED._replace(middle=_SEVERAL_HOSTS)
+    joined = links(gpu, num_gpus)
     number = gpu.multiprocessors or H200.number
     late = (gpu.compute_capability or "").startswith(("9.", "10."))
     for i in range(3):
@@ -265,8 +236,8 @@ def _ceilings(
                 _LATENCY_S[i],
                 number,
                 Host(*[seconds * hosts[i] for seconds in _HOST])._replace(loops=_LOOPS[i]),
-                link(gpu, num_gpus)[i],
-                _PCIE[i] * _pcie(gpu),
+                joined[i],
+                _PCIE[i] * pcie_per_s(gpu),
             )
         )
     middle, fast, slow = made
@@ -288,23 +259,25 @@ class Work:
 
 def work(run: Run) -> Work:
     """The work of an optimizer step; playing the step takes most of the time."""
-    micro = tuple(traffic.micro_step(run))
     tokens = run.settings.batch * run.settings.seq * run.accumulation
-    update = traffic.update(run)
+    if run.sharing is not None:
+        return _shared_work(run, tokens * run.sharing.ranks, run.sharing.ranks)
+    micro, update = tuple(traffic.micro_step(run)), tuple(traffic.update(run))
     summed = (traffic.summed_gradients(run),) if run.accumulation > 1 else ()
-    if run.sharing is None:
-        return Work(((micro, 1), ((*micro, *summed), run.accumulation - 1), (tuple(update), 1)), tokens)
+    return Work(((micro, 1), ((*micro, *summed), run.accumulation - 1), (update, 1)), tokens)
+
+
+def _shared_work(run: Run, tokens: int, ranks: int) -> Work:
     from vramplan.planner import communication  # only runs on several GPUs need it
 
+    if communication.unknown(run):
+        return Work((), tokens, ranks, unknown=True)
+    micro, update = tuple(traffic.micro_step(run)), traffic.update(run)
+    summed = (traffic.summed_gradients(run),) if run.accumulation > 1 else ()
     first = tuple(communication.micro_step(run, micro, last=False)) if run.accumulation > 1 else ()
     last = tuple(communication.micro_step(run, micro, last=True))
     several = ((first, 1), ((*first, *summed), run.accumulation - 2)) if run.accumulation > 1 else ()
-    return Work(
-        (*several, ((*last, *summed), 1), (tuple(communication.update(run, update)), 1)),
-        tokens * run.sharing.ranks,
-        run.sharing.ranks,
-        communication.unknown(run),
-    )
+    return Work((*several, ((*last, *summed), 1), (tuple(communication.update(run, update)), 1)), tokens, ranks)
 
 
 def span_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Range | None:
@@ -332,8 +305,7 @@ def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Ste
     ):
         if nbytes:
             before = _follow_all(step, without)
-            linked = without.link_per_s if name == FETCHED else math.inf
-            without = replace(without, pcie_per_s=math.inf, link_per_s=linked)
+            without = replace(without, pcie_per_s=math.inf, link=without.link if name == FETCHED else Link())
             seconds = min(waiting, max(0.0, before - _follow_all(step, without)))
             parts.append(Part(name, 0, nbytes, 0, seconds, SOURCES[name]))
             waiting -= seconds
@@ -343,8 +315,7 @@ def time_of(step: Work, gpu: Gpu, calibration: Calibration | None = None) -> Ste
         waiting -= min(waiting, stepping)
     parts.append(Part(WAITING, 0, 0, 0, waiting, SOURCES[WAITING]))
     host_s = sum(_host_s(section, found[0].host) * n for section, n in sections.items())
-    assumed = _assumed(gpu, step.num_gpus)
-    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts), assumed)
+    return StepTime(middle, fast, slow, step.tokens / middle, host_s, tuple(parts), assumed(gpu, step.num_gpus))
 
 
 SOURCES = {
@@ -381,14 +352,16 @@ def _follow(stretch: Sequence[Section], c: Ceilings) -> float:
         launching, running = known[section]
         if section.gathered:
             fetch = max(fetch, before) + section.fetched / c.pcie_per_s
-            link = max(link, fetch) + section.gathered / c.link_per_s
+            link = max(link, fetch) + c.link.gather_s + section.gathered / c.link.per_s
             gpu = max(gpu, link)
         before = host
         host += launching
         gpu = max(gpu + running, host)
         if section.reduced:
-            link = max(link, gpu) + section.reduced / c.link_per_s
+            latency = section.sums * c.link.sum_s if section.sums else c.link.gather_s
+            link = max(link, gpu) + latency + section.reduced / c.link.per_s
             store = max(store, link) + section.stored / c.pcie_per_s
+            gpu = max(gpu, link) if section.waits else gpu
     return max(gpu, link, store)
 
 
@@ -396,7 +369,9 @@ def _host_s(section: Section, host: Host) -> float:
     checkpoint_s = host.checkpoint_backward_s if section.backward_ops else host.checkpoint_forward_s
     clips = section.name == traffic.CLIPPING
     each = _TENSOR_CLIPPING_S if clips else _TENSOR_S.get(section.by, _TENSOR_BNB_S)
-    in_host = section.in_host * (_WEIGHT_CLIPPING_S if clips else _WEIGHT_S.get(section.by, 0.0))
+    weight_s = 0.0
+    if section.in_host:
+        weight_s = _WEIGHT_CLIPPING_S if clips else _WEIGHT_S[section.by]
     return (
         section.forward_ops * host.forward_op_s
         + section.backward_ops * host.backward_op_s
@@ -404,7 +379,7 @@ def _host_s(section: Section, host: Host) -> float:
         + section.dequantised * host.dequantise_s
         + section.checkpoints * checkpoint_s
         + section.tensors * (each + _DTENSOR_S * section.sharded) * host.speed
-        + in_host * host.loops
+        + section.in_host * weight_s * host.loops
         + sum(n * s for n, s in zip(section.hooks, _HOOKS_S, strict=True)) * host.speed
     )
 

@@ -89,7 +89,9 @@ class Section:
     tensors: int = 0  # that clipping or the optimizer goes through one by one
     by: str = ""  # the optimizer
     gathered: int = 0  # bytes over each GPU's link before it begins,
-    reduced: int = 0  # and after it
+    reduced: int = 0  # and after it,
+    sums: float = 0.0  # all-reduces among these,
+    waits: bool = False  # for which the GPU waits;
     fetched: int = 0  # bytes from host memory before those,
     stored: int = 0  # and into it after these
     in_host: int = 0  # weights that clipping or the optimizer goes through in host memory

@@ -30,6 +30,7 @@ _PREPARES_KBIT = {"transformers": True, "trl": False, "unsloth": False}
 _LORA = ("rank", "lora_alpha", "lora_dropout", "target_modules")
 _KBIT = ("double_quant", "prepare_kbit")
 _SHARDING = ("reshard_after_forward", "cpu_offload")
+SHARING = ("num_gpus", "parallel", *_SHARDING)
 PHASES = ("loading", "training", "evaluation", "saving", "generation", "merging")
 # What belongs to a phase alone
 _OF_PHASES = {
@@ -108,8 +109,13 @@ OPTIONS = _options(
         "How several GPUs share the work.",
         ("none", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     ),
-    Option("reshard_after_forward", "flag", "yes", "fsdp, zero: drop gathered weights after the forward pass."),
-    Option("cpu_offload", "flag", "no", "fsdp, zero: keep weights and optimizer states in host memory."),
+    Option("reshard_after_forward", "flag", "yes", "fsdp: drop gathered weights after the forward pass."),
+    Option(
+        "cpu_offload",
+        "flag",
+        "no",
+        "fsdp, zero3: keep weights and optimizer states in host memory; zero1, zero2: optimizer states alone.",
+    ),
     Option("examples", "integer", "1000", "Training examples, for time and cost.", most=10**12),
     Option("tokens_per_example", "integer", "seq_len", "Tokens of an example, for time and cost.", most=_MOST_TOKENS),
     Option("epochs", "number", "3", "Passes over the examples, for time and cost.", least=0, most=10**6, above=True),
@@ -244,7 +250,7 @@ def for_method(options: Mapping[str, object], method: str) -> dict[str, object]:
 
 def for_gpus(options: Mapping[str, object], num_gpus: object) -> dict[str, object]:
     """The same question of so many GPUs: of one, how the work is shared is left out."""
-    without = ("num_gpus", "parallel", *_SHARDING) if num_gpus == 1 else ("num_gpus",)
+    without = SHARING if num_gpus == 1 else ("num_gpus",)
     number = {} if num_gpus == 1 else {"num_gpus": num_gpus}
     return {name: value for name, value in options.items() if name not in without} | number
 
@@ -427,8 +433,8 @@ def _refuse_contradictions(run: TrainingOptions) -> None:
             f"weights_dtype {run.weights_dtype} and mixed_precision {run.mixed_precision} contradict each other; "
             "choose the same for both, or --weights-dtype fp32"
         )
-    if run.method == "full" and run.weights_dtype == run.mixed_precision == "fp16":
-        # torch/amp/grad_scaler.py: "Attempting to unscale FP16 gradients."
+    if run.method == "full" and run.weights_dtype == run.mixed_precision == "fp16" and run.parallel in ("none", "ddp"):
+        # torch/amp/grad_scaler.py: "Attempting to unscale FP16 gradients."; fsdp's are float32
         raise UsageError(
             "mixed_precision fp16 cannot train fp16 weights, since torch's GradScaler refuses to unscale fp16 "
             "gradients; add --weights-dtype fp32 or --mixed-precision no"
@@ -506,6 +512,22 @@ def _refuse_zero(run: TrainingOptions) -> None:
             f"parallel {run.parallel} without mixed precision takes fp32 weights alone, and weights_dtype is "
             f"{run.weights_dtype}; add --mixed-precision {run.weights_dtype} or --weights-dtype fp32"
         )
+    if run.mixed_precision == "fp16":
+        raise UsageError(
+            f"mixed_precision fp16 is not planned under {run.parallel}: DeepSpeed scales the loss by itself, and what "
+            "its checks of the gradients take has not been recorded; choose --parallel fsdp, or bf16 if the GPU has it"
+        )
+    if run.cpu_offload and run.optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        # accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed
+        raise UsageError(
+            f"optimizer {run.optimizer} is not what steps offloaded weights under {run.parallel}: accelerate puts "
+            "DeepSpeed's own CPU optimizer in its place; choose --optimizer adamw_torch, or leave out --cpu-offload"
+        )
+    if not run.reshard_after_forward:
+        raise UsageError(
+            f"reshard_after_forward false is fsdp's, and the parallel is {run.parallel}, whose stage says what is "
+            "shared: zero2 keeps weights whole, zero3 partitions them; leave it out or choose --parallel fsdp"
+        )
     if run.trainer != "transformers":
         raise UsageError(
             f"trainer {run.trainer} is not planned under {run.parallel}; "
@@ -556,6 +578,7 @@ def _on_gpu(options: TrainingOptions, gpu: Gpu | None) -> tuple[TrainingOptions,
         flags = " ".join(f"{OPTIONS[name].flag} {as_fp16[name]}" for name in low)
         if options.given.isdisjoint(low):
             options = replace(options, **{name: as_fp16[name] for name in low})
+            _refuse_contradictions(options)
             warnings.append(f"{gpu.name} has no bf16, so this is the plan with {flags}")
         else:
             warnings.append(f"{gpu.name} has no bf16, which this plan asks for; there, train with {flags}")

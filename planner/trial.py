@@ -132,11 +132,20 @@ class Bench:
         except UsageError:
             return False
 
+    def least_bytes(self, asked: Mapping[str, object]) -> int:
+        """The run's tensors alone, and what NCCL takes: less is not to be had of a GPU's `room_bytes`."""
+        options = self.options(asked)
+        return self._peak(options) + self.room_bytes - self._room_bytes(options)
+
     def spare_bytes(self, asked: Mapping[str, object]) -> int:
         """What a run leaves of the room with its whole cache; below 0 what is too much, or no such run."""
         try:
             options = self.options(asked)
-            return self._room_bytes(options) - self._replay(options).peak_reserved_bytes
+            room, played = self._room_bytes(options), self._replay(options)
+            spare = room - played.most_reserved_bytes
+            if spare >= 0 and played.before_reserved_bytes > room and self._replay(options, room).out_of_memory:
+                return room - played.before_reserved_bytes
+            return spare
         except UsageError:
             return -self.room_bytes
 

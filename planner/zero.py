@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO 1, 2 and 3: what each rank holds, and what gathering and adding up takes.
 
 As sharding.py's, put around the micro-steps of run.py. The configuration is accelerate's where the user gives none of
-his own (accelerate/utils/dataclasses.py, DeepSpeedPlugin): buckets of 500,000,000 elements, no overlap_comm.
+his own (accelerate/utils/dataclasses.py, DeepSpeedPlugin): buckets of 500,000,000 elements, overlap_comm for stage 3.
 
 Sources (deepspeed 0.19): deepspeed/runtime/engine.py, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
 runtime/zero/parameter_offload.py, runtime/zero/partitioned_param_coordinator.py, runtime/zero/partition_parameters.py.
@@ -164,7 +164,7 @@ class Zero:
     def loading(self, run: Run) -> tuple[Stretch, ...]:
         """The model is cast, each group of what is trained is made flat, and each rank copies its part (__init__).
 
-        Each group begins with empty_cache.
+        Each group begins with empty_cache. Where its flat tensor has no room beside it, it is made in host memory.
         """
         from vramplan.planner.run import Stretch
 
@@ -191,20 +191,26 @@ class Zero:
         trained = {p.name: i for p, i in zip(run.trained, whole, strict=True)}
         stretches = [Stretch("sharing", events)]
         gradients: list[int] = []
-        for group in self.groups(run):
+        groups = self.groups(run)
+        for group in groups:
             size = self.part(group)
             flat = program.new(size * self.ranks * item, "trained weights, flat", part)
-            events = [2 * flat, *(2 * trained[p.name] + 1 for p in group)]
+            let_go = [2 * trained[p.name] + 1 for p in group]
             copied = program.new(size * item, "part of the weights", "")
-            events.append(2 * copied)
+            parts = [2 * copied]
             if not self.cpu_offload:
-                events.append(2 * program.new(size * 4, "part of the weights, float32", MASTER))
+                parts.append(2 * program.new(size * 4, "part of the weights, float32", MASTER))
                 gradients.append(2 * program.new(size * 4, "gradient of the part, float32", ""))
-            stretches.append(Stretch("sharing", [*events, 2 * copied + 1]))
-        if self.cpu_offload:
-            largest = max(p.numel for p in run.trained)
-            gradients.append(2 * program.new(largest * item, "gradient, to be copied to host memory", BUFFERS))
-        stretches[-1].events.extend([*gradients, *([] if self.cpu_offload else [g + 1 for g in gradients])])
+            parts.append(2 * copied + 1)
+            if group is groups[-1]:
+                if self.cpu_offload:
+                    largest = max(p.numel for p in run.trained)
+                    there = program.new(largest * item, "gradient, to be copied to host memory", BUFFERS)
+                    parts.append(2 * there)
+                parts += [*gradients, *(g + 1 for g in gradients)]
+            stretches.append(
+                Stretch("sharing", [2 * flat, *let_go, *parts], program.sizes[flat], (*let_go, 2 * flat, *parts))
+            )
         return (*before, *stretches)
 
     def beginning(self, run: Run, number: int) -> list[Stretch]:  # noqa: ARG002
@@ -309,7 +315,7 @@ class Zero:
         return [
             *([untimed] if self.cpu_offload else []),
             f"ZeRO {self.stage} is planned with accelerate's configuration of DeepSpeed 0.19: buckets of 500,000,000 "
-            "elements, without overlap_comm",
+            f"elements, {'with' if self.stage == 3 else 'without'} overlap_comm",
         ]
 
 

@@ -151,14 +151,15 @@ def test_an_asked_length_is_a_row_of_the_frontier() -> None:
 def test_as_many_gpus_are_tried_as_the_run_needs() -> None:
     """Two GPUs hold more than one: accelerate's FSDP2 keeps the trained weights in float32, and NCCL has buffers."""
     found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="fsdp")
-    assert [number for number, _ in found.gpus] == [1, 2, 4]
-    assert [trial.survives for _, trial in found.gpus] == [False, False, True]
+    assert [number for number, _ in found.gpus] == [1, 2, 4, 5, 8]
+    assert [trial.survives for _, trial in found.gpus] == [False, False, True, True, True]
+    assert [trial.roomy for _, trial in found.gpus] == [False, False, False, True, True]
     assert found.gpus[0][1].options == found.asked.options
     assert found.gpus[2][1].options.parallel == "fsdp"
     assert found.fits
     page = "\n".join(plain(fit_page(found)))
     assert "4 GPUs" in page
-    assert [row["num_gpus"] for row in found.to_dict()["gpus"]] == [1, 2, 4]
+    assert [row["num_gpus"] for row in found.to_dict()["gpus"]] == [1, 2, 4, 5, 8]
     assert found.command.endswith("--num-gpus 4 --parallel fsdp --gpu 5GiB")
 
 
@@ -177,13 +178,39 @@ def test_the_fewest_that_hold_it_need_not_be_a_power_of_two() -> None:
 
 
 def test_more_gpus_that_hold_as_much_are_not_tried() -> None:
-    found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp", num_gpus=8)
+    found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp")
     assert [number for number, _ in found.gpus] == [1, 2, 4]
     assert not found.fits
-    assert "do not help: each holds as much" in "\n".join(plain(fit_page(found)))
-    alone = fit("qwen2.5-0.5b", gpu="24GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp", num_gpus=8)
+    assert "do not help: what each holds by itself is too much" in "\n".join(plain(fit_page(found)))
+    alone = fit("qwen2.5-0.5b", gpu="24GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp")
     assert [number for number, _ in alone.gpus] == [1]
     assert alone.command == "vramplan qwen2.5-0.5b --method full --seq-len 256 --gpu 24GiB"
+
+
+def test_what_each_gpu_loads_by_itself_no_number_helps() -> None:
+    """A 4-bit model is quantised on each GPU as a whole, before it is sharded: 35 GB of a 70B."""
+    found = fit("llama-3.1-70b", gpu="rtx-4090", over="num_gpus")
+    assert {number: trial.runs_out for number, trial in found.gpus} == {1: "loading", 2: "loading"}
+    assert "each loads the whole model" in "\n".join(plain(fit_page(found)))
+
+
+def test_the_fewest_and_the_fewest_with_the_whole_cache() -> None:
+    found = fit("llama-3.1-8b", gpu="a100-40gb", over="num_gpus", method="full")
+    holding = [number for number, trial in found.gpus if trial.survives]
+    roomy = [number for number, trial in found.gpus if trial.roomy]
+    assert holding[0] < roomy[0]
+    assert roomy[-1] == found.gpus[-1][0]
+    for number, with_cache in ((holding[0] - 1, False), (holding[0], False), (roomy[0] - 1, False), (roomy[0], True)):
+        made = plan("llama-3.1-8b", gpu="a100-40gb", method="full", num_gpus=number, parallel="fsdp").fit
+        assert made
+        assert (made.headroom_bytes >= 0) is with_cache
+        assert made.fits is (number >= holding[0])
+
+
+def test_zero_is_looked_for_too() -> None:
+    found = fit("qwen2.5-0.5b", gpu="6GiB", over="num_gpus", method="full", parallel="zero2", seq_len=256)
+    assert [trial.refused for _, trial in found.gpus] == [""] * len(found.gpus)
+    assert found.fits
 
 
 @pytest.mark.parametrize(
@@ -193,6 +220,13 @@ def test_more_gpus_that_hold_as_much_are_not_tried() -> None:
         ({"over": "rank,rank"}, "'rank,rank' names a size twice (--over)"),
         ({"over": ""}, "unknown size ''"),
         ({"over": "rank", "method": "full"}, "full fine-tuning has no rank to vary"),
+        ({"over": "num_gpus", "num_gpus": 4}, "num_gpus 4 is given, and is to be found too"),
+        ({"over": "num_gpus,batch_size"}, "num_gpus is varied alone, since batch_size depends on it"),
+        ({"over": "num_gpus", "parallel": "none"}, "choose --parallel fsdp"),
+        (
+            {"over": "num_gpus", "optimizer": "adamw_8bit", "method": "full", "gpu": "0.2GiB"},
+            "cannot step fsdp's sharded tensors",
+        ),
         ({"gpu": None}, "add one, such as --gpu rtx-4090"),
         ({"gpu": "h20"}, "(--gpu)"),
         ({"seq_len": 0}, "seq_len is 0"),

@@ -245,10 +245,11 @@ def test_what_a_card_lacks_is_left_out(prices: Path) -> None:
 
 
 def test_a_method_that_cannot_be_is_said(prices: Path) -> None:
-    both = {"weights_dtype": "fp16", "mixed_precision": "fp16", "gpu": "h100"}
-    found = choose(MODEL, prices=prices, **both)
-    assert {way.tried.method for way in found.ways} == {"qlora", "lora"}
-    assert "full: mixed_precision fp16 cannot train fp16 weights" in words(found)
+    both = {"weights_dtype": "fp16", "mixed_precision": "fp16"}
+    found, one = choose(MODEL, prices=prices, gpu="h100", **both), both | {"gpu": "rtx-4090"}
+    assert {way.tried.method for way in found.ways if way.tried.num_gpus == 1} == {"qlora", "lora"}
+    assert {way.tried.num_gpus for way in found.ways if way.tried.method == "full"} == {8}  # fsdp's are float32
+    assert "full: mixed_precision fp16 cannot train fp16 weights" in words(choose(MODEL, prices=prices, **one))
 
 
 # ------------------------------------------------------------------------------------ wrong questions

@@ -380,17 +380,6 @@ def test_bytes_over_the_links_by_hand() -> None:
     assert not any(section.gathered or section.reduced for stretch, _ in alone.stretches for section in stretch)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "num_gpus", "said"),
-    [("h200", 1, ""), ("h200", 8, ""), ("h200", 16, "network"), ("rtx-4090", 2, "PCIe 4")],
-)
-def test_links_that_are_assumed_are_said(gpu: str, num_gpus: int, said: str) -> None:
-    time = plan(TINY, gpu=gpu, method="full", seq_len=16, num_gpus=num_gpus).time
-    assert time
-    assert bool(time.assumed) == bool(said)
-    assert said in time.assumed
-
-
 # ------------------------------------------------------------------------------------------------------ every family
 
 ADAPTED = {"phimoe": "attention"}  # where PEFT's default cannot run

@@ -370,7 +370,7 @@ def test_steps_with_offload_as_they_were_measured() -> None:
         )
         assert made.time
         assert made.time.step_s == pytest.approx(each["step_s"]["median"], rel=0.2)
-        assert made.time.low_s < each["step_s"]["least"] < made.time.high_s or each["optimizer"] == "adamw_torch"
+        assert made.time.low_s < each["step_s"]["least"] < made.time.high_s or each.get("optimizer") == "adamw_torch"
         parts = {part.name: part.seconds for part in made.time.parts}
         there = each["clipping_s"]["median"] + each["update_s"]["median"]
         assert parts[throughput.IN_HOST] == pytest.approx(there, rel=0.3)

@@ -222,6 +222,22 @@ def test_what_are_no_target_modules(given: Any) -> None:
         ({"cpu_offload": True}, "cpu_offload belongs to fsdp and zero, and parallel is none"),
         ({"num_gpus": 2, "reshard_after_forward": False}, "reshard_after_forward belongs to fsdp and zero"),
         ({"num_gpus": 8, "parallel": "zero3", "mixed_precision": "no"}, "zero3 without mixed precision takes fp32"),
+        (
+            {"num_gpus": 2, "parallel": "ddp", "method": "full", "weights_dtype": "fp16", "mixed_precision": "fp16"},
+            "refuses to unscale fp16 gradients",
+        ),
+        (
+            {"num_gpus": 2, "parallel": "zero2", "weights_dtype": "fp16", "mixed_precision": "fp16"},
+            "mixed_precision fp16 is not planned under zero2: DeepSpeed scales the loss by itself",
+        ),
+        (
+            {"num_gpus": 2, "parallel": "zero2", "cpu_offload": True, "optimizer": "adamw_8bit"},
+            "accelerate puts DeepSpeed's own CPU optimizer in its place; choose --optimizer adamw_torch",
+        ),
+        (
+            {"num_gpus": 2, "parallel": "zero3", "reshard_after_forward": False},
+            "reshard_after_forward false is fsdp's, and the parallel is zero3",
+        ),
         ({"trainer": "unsloth"}, "trainer unsloth is planned in a later version"),
     ],
 )
@@ -234,6 +250,8 @@ def test_contradictions(options: dict[str, Any], words: str) -> None:
     [
         {"weights_dtype": "fp16", "mixed_precision": "fp16"},
         {"weights_dtype": "fp16", "mixed_precision": "no", "method": "full"},
+        {"weights_dtype": "fp16", "mixed_precision": "fp16", "method": "full", "num_gpus": 2, "parallel": "fsdp"},
+        {"num_gpus": 2, "parallel": "zero3", "reshard_after_forward": True},
         {"weights_dtype": "fp32", "mixed_precision": "fp16", "method": "full"},
         {"weights_dtype": "fp32", "mixed_precision": "bf16", "attention": "flash_attention_2"},
         {"parallel": "none", "num_gpus": 1},

@@ -13,7 +13,7 @@ from record_deepspeed import FILE, asked
 from test_sharding import TINY, run_of
 
 from vramplan import plan
-from vramplan.planner import zero
+from vramplan.planner import fit, memory, throughput, zero
 from vramplan.planner.run import Program, alive
 from vramplan.planner.sharding import Share
 from vramplan.planner.zero import LIVE, PREFETCHED, Coordinator, Visit, with_hooks
@@ -191,3 +191,68 @@ def test_a_step_is_planned_as_deepspeed_allocates(seen: dict[str, Any]) -> None:
     held = list(accumulate(seen["events"][: seen["update"]], initial=seen["start_bytes"]))
     assert ours.start_bytes == pytest.approx(seen["start_bytes"], abs=20_000)
     assert max(ours.held()[: update + 1]) == pytest.approx(max(held), abs=20_000)
+
+
+# ---------------------------------------------------------------------------------------------- before the first step
+
+
+def test_a_gpu_must_hold_what_sharing_takes() -> None:
+    """Under ZeRO 2 the weights and their flat copy are there at once; where there is no room, one after the other."""
+    asked: dict[str, Any] = {"method": "full", "num_gpus": 64, "parallel": "zero2", "batch_size": 1, "seq_len": 128}
+    made = plan("llama-3.2-1b", **asked).memory
+    weights = 2 * 1_235_814_400
+    part = weights // 2 // 64
+    assert weights < made.before_allocated_bytes < weights + 16 * part + 2**20
+    assert made.before_reserved_bytes > 1.8 * weights
+    enough, less = (replay(made.before_allocated_bytes + spare, **asked) for spare in (2**26, -(2**26)))
+    assert enough.out_of_memory.startswith(("forward", "loss", "backward"))
+    assert less.out_of_memory in ("loading", "sharing")
+
+
+def replay(limit_bytes: int, **asked: Any) -> Any:
+    made = plan("llama-3.2-1b", **asked)
+    return memory.estimate(made.architecture, made.options, made.device, made.counts, limit_bytes)
+
+
+def test_what_loading_has_cached_goes_for_nothing() -> None:
+    """On a GPU that is too small for the weights beside their flat copy these are made flat in host memory."""
+    asked: dict[str, Any] = {"method": "full", "num_gpus": 8, "parallel": "zero2", "seq_len": 16, "cpu_offload": True}
+    made = plan("llama-3.1-8b", gpu="24GiB", **asked)
+    assert made.fit
+    assert made.memory.before_reserved_bytes > made.fit.gpu.budget_bytes > made.memory.needed_bytes
+    assert (made.fit.fits, made.fit.retries) == (True, None)
+
+
+def test_a_gpu_that_would_train_but_cannot_load_does_not_fit() -> None:
+    asked: dict[str, Any] = {"num_gpus": 8, "parallel": "fsdp", "seq_len": 16, "cpu_offload": True}
+    free = plan("llama-3.1-8b", **asked)
+    verdicts = []
+    for spare in range(0, 2**31, 2**28):
+        budget = free.memory.needed_bytes + spare
+        made = plan("llama-3.1-8b", gpu=f"{budget}B", **asked)
+        assert made.fit
+        limited = memory.estimate(
+            made.architecture, made.options, made.device, made.counts, fit.room_bytes(made.fit.gpu, made.memory)
+        )
+        assert made.fit.fits is not bool(limited.out_of_memory)
+        verdicts.append(made.fit.fits)
+    assert verdicts == sorted(verdicts)
+    assert verdicts[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ time of a step
+
+
+@pytest.mark.parametrize(("parallel", "sums"), [("zero1", 1), ("zero2", 3)])
+def test_stage_1_adds_up_once_a_step_and_stage_2_each_micro_step(parallel: str, sums: int) -> None:
+    run = run_of(TINY, method="full", parallel=parallel, gradient_accumulation_steps=3)
+    micro = [(stretch, times) for stretch, times in throughput.work(run).stretches if times][:-1]
+    reduced = sum(times * sum(section.reduced for section in stretch) for stretch, times in micro)
+    assert reduced == sums * 2 * sum(p.numel for p in run.trained) * 2 // 2
+    assert all(section.waits for stretch, _ in micro for section in stretch if section.reduced)
+
+
+def test_stage_3_overlaps_and_the_others_do_not() -> None:
+    for stage, words in ((1, "without overlap_comm"), (2, "without overlap_comm"), (3, "with overlap_comm")):
+        notes = plan(TINY, method="full", num_gpus=2, parallel=f"zero{stage}").memory.notes
+        assert any(note.endswith(words) for note in notes)
