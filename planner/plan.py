@@ -14,7 +14,7 @@ from vramplan.planner.fit import Fit, fit_on, judged
 from vramplan.planner.parameters import ParameterCounts
 from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
-from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.trainer import adapter_dtype
 from vramplan.planner.training import TrainingOptions, parse_options, settle
 from vramplan.planner.versions import as_of
 
@@ -258,7 +258,7 @@ def _count(architecture: Architecture, run: TrainingOptions) -> ParameterCounts:
             run.rank,
             lora_dropout=run.lora_dropout,
             base_dtype=_SAFETENSORS["fp32" if run.prepare_kbit else run.weights_dtype],
-            adapter_dtype=_SAFETENSORS[TRAINERS[run.trainer].adapter_dtype(run.method)],
+            adapter_dtype=_SAFETENSORS[adapter_dtype(run)],
         )
     total = architecture.total_parameters
     return ParameterCounts(total, total, targets=(), rank=0, layer_prefix=architecture.layer_prefix, names=())

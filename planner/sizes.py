@@ -17,7 +17,7 @@ from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.memory import Component
 from vramplan.planner.paper import ITEMSIZE
 from vramplan.planner.parameters import safetensors_bytes
-from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.trainer import adapter_dtype
 from vramplan.planner.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def host_memory(architecture: Architecture, options: TrainingOptions, published:
     another it is a copy. A quantised base goes to the GPU weight by weight, in one thread. Under FSDP with mixed
     precision accelerate makes a copy of all that is trained, in float32, on every rank.
     """
-    held = _held(options) if options.method == "full" else options.weights_dtype
+    held = _held(options) if options.method == "full" and options.parallel == "fsdp" else options.weights_dtype
     itemsize = ITEMSIZE[held]
     ranks = min(options.num_gpus, HOST_GPUS)
     each = f", on each of {ranks} ranks of a host" if ranks > 1 else ""
@@ -102,27 +102,36 @@ def offloaded(run: Run, num_gpus: int) -> Component | None:
     )
 
 
+def gathered(weights: Component, states: Component, options: TrainingOptions) -> Component | None:
+    """Host memory that saving takes on the first rank of all, where what was sharded is put together again; else None.
+
+    Under FSDP the weights, then the optimizer's states, one after the other; under ZeRO 3 the weights alone.
+    """
+    if options.parallel == "fsdp":
+        largest = max((weights, states), key=lambda part: part.bytes)
+        return Component(
+            "host memory, saving",
+            largest.bytes,
+            f"what {largest.name} holds, put together on the first rank; with SHARDED_STATE_DICT the weights alone",
+            "accelerate/utils/fsdp_utils.py, save_fsdp_optimizer; torch/distributed/checkpoint/state_dict.py",
+        )
+    if options.parallel == "zero3":
+        return Component(
+            "host memory, saving",
+            weights.bytes,
+            f"what {weights.name} holds, put together on the first rank",
+            "deepspeed/runtime/engine.py, _zero3_consolidated_16bit_state_dict",
+        )
+    return None
+
+
 def checkpoint(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> tuple[Component, ...]:
     """What Trainer writes at each save: the trained weights, and the optimizer's states, paged ones included.
 
     Under FSDP2 with FULL_STATE_DICT, the default, the weights are written a second time for resuming; DeepSpeed writes
     a folder of its own, in which the weights are once more, and of ZeRO 3 only in float32.
     """
-    if options.lora:
-        weights = Component(
-            "adapter_model.safetensors",
-            counts.adapter_bytes,
-            f"{format_count(counts.trainable)} adapter weights and the file's header",
-            "peft/peft_model.py, save_pretrained",
-        )
-    else:
-        total, dtype = architecture.total_parameters, _held(options)
-        weights = Component(
-            "model.safetensors",
-            _safetensors(architecture, dtype, held=True),
-            f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
-            "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
-        )
+    weights = _weights(architecture, counts, options)
     used = optimizer.get(options.optimizer)
     trained = list(_trained(architecture, counts, options))
     if options.parallel.startswith("zero"):
@@ -145,6 +154,24 @@ def checkpoint(architecture: Architecture, counts: ParameterCounts, options: Tra
     return weights, again, states
 
 
+def _weights(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> Component:
+    """The file of the trained weights."""
+    if options.lora:
+        return Component(
+            "adapter_model.safetensors",
+            counts.adapter_bytes,
+            f"{format_count(counts.trainable)} adapter weights and the file's header",
+            "peft/peft_model.py, save_pretrained",
+        )
+    total, dtype = architecture.total_parameters, _held(options)
+    return Component(
+        "model.safetensors",
+        _safetensors(architecture, dtype, held=True),
+        f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
+        "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
+    )
+
+
 def _deepspeed(
     weights: Component, used: optimizer.Optimizer, trained: list[_Trained], options: TrainingOptions
 ) -> tuple[Component, ...]:
@@ -152,7 +179,7 @@ def _deepspeed(
     numel = sum(prod(shape) for shape, _, _ in trained)
     states = sum(optimizer.state_bytes(used, shape, "fp32") for shape, _, _ in trained)
     third = options.parallel == "zero3"
-    low = 0 if third else ITEMSIZE[options.weights_dtype]
+    low = 0 if third else ITEMSIZE[_held(options)]
     folder = Component(
         "global_step*/",
         numel * (low + 4) + states,
@@ -196,12 +223,19 @@ def sizes(
         base, host = (replace(part, formula=part.formula + assumed) for part in (base, host))
     saved = checkpoint(architecture, counts, options)
     kept = None if run is None else offloaded(run, options.num_gpus)
-    return base, host, *([kept] if kept else []), *saved, disk(base, saved, steps)
+    put_together = gathered(_weights(architecture, counts, options), saved[-1], options)
+    beside = [part for part in (host, kept, put_together) if part]
+    return base, *beside, *saved, disk(base, saved, steps)
 
 
 def _held(options: TrainingOptions) -> str:
-    """The dtype in which a full fine-tuning holds its weights (accelerate/utils/fsdp_utils.py, fsdp2_prepare_model)."""
-    return "fp32" if options.parallel == "fsdp" and options.mixed_precision != "no" else options.weights_dtype
+    """The dtype in which a full fine-tuning holds its weights.
+
+    accelerate/utils/fsdp_utils.py, fsdp2_prepare_model; deepspeed/runtime/engine.py, _configure_distributed_model.
+    """
+    if options.mixed_precision == "no" or options.parallel in ("none", "ddp"):
+        return options.weights_dtype
+    return "fp32" if options.parallel == "fsdp" else options.mixed_precision
 
 
 def _safetensors(architecture: Architecture, dtype: str, *, held: bool = False) -> int:
@@ -213,7 +247,7 @@ def _safetensors(architecture: Architecture, dtype: str, *, held: bool = False) 
 def _trained(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> Iterator[_Trained]:
     """Shape and dtype of every trained weight, and whether it is an nn.Embedding's."""
     if options.lora:
-        dtype = TRAINERS[options.trainer].adapter_dtype(options.method)
+        dtype = adapter_dtype(options)
         for _, _, shape in counts.saved_adapters():
             yield shape, dtype, False
     else:

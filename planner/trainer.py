@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vramplan.planner.paper import Tape, Tensor
+    from vramplan.planner.training import TrainingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +65,15 @@ TRL = Trainer(
     },
 )
 TRAINERS = {"transformers": TRANSFORMERS, "trl": TRL}
+
+
+def adapter_dtype(options: TrainingOptions) -> str:
+    """The dtype in which an adapter is held once the run is set up, and so saved.
+
+    DeepSpeed casts it with the model, but for ZeRO 3's, which is partitioned as it is made, unless the base is in 4 bit
+    (deepspeed/runtime/engine.py, _configure_distributed_model).
+    """
+    third = options.parallel == "zero3" and options.method == "lora"
+    if options.parallel.startswith("zero") and options.mixed_precision != "no" and not third:
+        return options.mixed_precision
+    return TRAINERS[options.trainer].adapter_dtype(options.method)
