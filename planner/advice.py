@@ -95,7 +95,23 @@ def _changes(o: TrainingOptions) -> Iterator[dict[str, Any]]:
     for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         if o.optimizer != optimizer:
             yield {"optimizer": optimizer}
+    if o.num_gpus > 1:
+        yield from _shared(o)
     if o.batch_size > 1:
         yield {"batch_size": o.batch_size // 2}
     if o.seq_len > 1:
         yield {"seq_len": o.seq_len // 2}
+
+
+def _shared(o: TrainingOptions) -> Iterator[dict[str, Any]]:
+    """Changes of how several GPUs share the run."""
+    if o.parallel != "fsdp":
+        yield {"parallel": "fsdp"}
+    if o.parallel == "fsdp" and not o.reshard_after_forward:
+        yield {"reshard_after_forward": True}
+    if o.parallel == "fsdp" and o.method == "full" and o.weights_dtype != "fp32" and o.mixed_precision != "no":
+        yield {"mixed_precision": "no"}  # else accelerate holds what is trained in float32
+    if o.parallel != "ddp":
+        yield {"num_gpus": 2 * o.num_gpus}
+        if not o.cpu_offload:
+            yield {"cpu_offload": True}

@@ -60,7 +60,7 @@ class Way(NamedTuple):
     @property
     def slow_usd(self) -> float:
         """Dollars at the slow end of the time."""
-        return self.cost.hours_high * self.cost.offer.usd_per_hour
+        return self.cost.hours_high * self.cost.offer.usd_per_hour * self.cost.instances
 
     def to_dict(self) -> dict[str, Any]:
         """The way as JSON."""

@@ -42,6 +42,7 @@ class Side:
     gpu: Mapping[str, Any] | None
     time: Mapping[str, float]
     cost: Mapping[str, Any]
+    host_memory: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """The side as JSON."""
@@ -56,11 +57,14 @@ _TIME = ("step_s", "low_s", "high_s", "tokens_per_s")
 def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
     """The options in which any two sides differ, the model first, each with its values; None where one has none.
 
-    What a method does not have differs from nothing: that is the method's difference.
+    What a method does not have differs from nothing: that is the method's difference. What keeps its weights on the GPU
+    alone offloads none.
     """
     rows: dict[str, list[Any]] = {"model": [side.model for side in sides]}
     for name in dict.fromkeys(name for side in sides for name in side.options):
         rows[name] = [side.options.get(name) for side in sides]
+    if "cpu_offload" in rows:
+        rows["cpu_offload"] = [bool(value) for value in rows["cpu_offload"]]
     known = {name: [value for value in values if value is not None] for name, values in rows.items()}
     return {name: rows[name] for name, values in known.items() if any(value != values[0] for value in values)}
 
@@ -70,6 +74,13 @@ def components(sides: Sequence[Side]) -> dict[str, list[int]]:
     named = dict.fromkeys(name for side in sides for name in side.components)
     names = [*(name for name in SOURCES if name in named), *(name for name in named if name not in SOURCES)]
     return {name: [side.components.get(name, 0) for side in sides] for name in names}
+
+
+def host_memory(sides: Sequence[Side]) -> dict[str, list[int]]:
+    """What the runs take of a host's memory, by when; what neither takes is left out."""
+    named = dict.fromkeys(name for side in sides for name in side.host_memory)
+    found = {name: [side.host_memory.get(name, 0) for side in sides] for name in named}
+    return {name: sizes for name, sizes in found.items() if any(sizes)}
 
 
 def to_dict(sides: Sequence[Side]) -> dict[str, Any]:
@@ -118,7 +129,16 @@ def side(answer: Mapping[str, Any], label: str) -> Side:
         gpu=gpu.gpu() if gpu else None,
         time={name: time.number(name) for name in _TIME} if time else {},
         cost=min((each.cost() for each in cost), key=lambda each: (each["usd"], each["hours"]), default={}),
+        host_memory=_host_memory(top.rows("sizes")) if "sizes" in answer else {},
     )
+
+
+_HOST = "host memory, "
+
+
+def _host_memory(parts: Sequence[_Fields]) -> dict[str, int]:
+    named = {part.text("name"): part.size("bytes") for part in parts}
+    return {name.removeprefix(_HOST): size for name, size in named.items() if name.startswith(_HOST)}
 
 
 class _Fields:

@@ -97,6 +97,19 @@ def cost(size: Work, offer: Offer, step_s: Range, num_gpus: int = 1) -> Cost:
     )
 
 
+def unpriced(run: TrainingOptions, gpu: str, found: Iterable[Offer], *, timed: bool) -> str:
+    """Why a run that fits `gpu` has no price there, in words; `timed`: whether a step's time is known."""
+    from vramplan.planner.links import HOST_GPUS
+
+    counts = [offer.gpu_count for offer in found if offer.gpu == gpu]
+    needed = min(run.num_gpus, HOST_GPUS)
+    if not counts:
+        return f"no known offer of {gpu}; a file of your own may have one (--prices)"
+    if not timed:
+        return f"no time of a step is known on {gpu}, and so no cost"
+    return f"no known offer has {needed} {gpu} in one host, the largest {max(counts)}; a file may (--prices)"
+
+
 def costs(
     run: TrainingOptions, found: Iterable[Offer], fits: Callable[[str], bool], step_s: Callable[[str], Range | None]
 ) -> tuple[Cost, ...]:

@@ -11,6 +11,7 @@ from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.fit import Fit, fit_on, judged
+from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.parameters import ParameterCounts
 from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
@@ -87,6 +88,26 @@ class Plan:
             )
         stale = prices.stale([each.offer for each in made])
         return made, (*warnings, *([stale] if stale else []))
+
+    def unpriced(self) -> str:
+        """Why `costs` has found none, in words."""
+        from vramplan.planner import cost, prices
+
+        if self.fit and not self.fit.fits:
+            return f"{self.fit.gpu.name} does not hold it"
+        if self.fit and self.fit.lacks:
+            return f"{self.fit.gpu.name} cannot run it without {' and '.join(self.fit.lacks)}"
+        found, _ = prices.offers(self.prices)
+        if self.fit:
+            return cost.unpriced(self.options, self.fit.gpu.name, found, timed=self.time is not None)
+        let = {offer.gpu for offer in found}
+        holding = [fit.gpu.name for fit in self.gpus if fit.fits and not fit.lacks and fit.gpu.name in let]
+        if not holding:
+            return "no GPU that is let by the hour holds it"
+        largest = max(max(offer.gpu_count for offer in found if offer.gpu == name) for name in holding)
+        if largest < min(self.options.num_gpus, HOST_GPUS):
+            return f"what holds it is let with {largest} GPUs in one host at most; a file may have more (--prices)"
+        return "no time of a step is known, and so no cost"
 
     def sizes(self) -> tuple[Component, ...]:
         """What the run needs beside the GPU: the download, host memory, checkpoints, disk."""

@@ -277,7 +277,7 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
     for each in costs:
         best.setdefault((each.offer.provider, each.offer.kind) if plan.fit else (each.offer.gpu,), each)
     if not best:
-        return Block(heading, "<", [Row((_without_offer(plan),))])
+        return Block(heading, "<", [Row((plan.unpriced(),))])
     shown = list(best.values())[:_CHEAPEST]
     fastest = cost.fastest_first(best.values())[0]
     if fastest.hours < shown[0].hours and fastest not in shown:
@@ -302,17 +302,6 @@ def whole_run(run: TrainingOptions) -> str:
         f"The whole run: {format_count(run.examples)} examples of {format_count(run.tokens_per_example)} tokens, "
         f"{epochs}, {format_count(cost.work(run).steps)} steps"
     )
-
-
-def _without_offer(plan: Plan) -> str:
-    """Why a plan has no price."""
-    if plan.fit is None:
-        return "no GPU that is let by the hour holds it"
-    if not plan.fit.fits:
-        return f"{plan.fit.gpu.name} does not hold it"
-    if plan.fit.lacks:
-        return f"{plan.fit.gpu.name} cannot run it without {' and '.join(plan.fit.lacks)}"
-    return f"no known offer of {plan.fit.gpu.name}; a file of your own may have one (--prices)"
 
 
 def short(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vramplan.planner import comparison
 from vramplan.planner.capacity import ALONE, GPUS, MOST_TOKENS
 from vramplan.planner.errors import UsageError
+from vramplan.planner.links import assumed
 from vramplan.planner.report import Block, Row, gpus_in_use, offered, recipe, short, show, verdict, whole_run
 from vramplan.planner.training import OPTIONS, parse_options
 from vramplan.planner.units import GIB, format_bytes, format_count, format_gib
@@ -208,11 +209,20 @@ def _choice_head(found: Choice) -> Iterator[Row]:
     yield Row((whole_run(found.options),))
     limits = _limits(found)
     if not found.ways:
-        yield Row(("no GPU with an offer holds it",), "bold red")
+        yield Row((_without_way(found),), "bold red")
     elif not found.within:
         yield Row((f"none of {len(found.ways)} ways is within {limits}",), "bold red")
     elif limits:
         yield Row((f"{len(found.within)} of {len(found.ways)} ways are within {limits}",), "green")
+
+
+def _without_way(found: Choice) -> str:
+    holding = [each for each in found.tried if each.trial.survives]
+    if not holding:
+        return "no GPU with an offer holds it"
+    if all(each.step_s is None for each in holding):
+        return "of what holds it no time of a step is known, and so no cost"
+    return f"no known offer has {found.options.num_gpus} GPUs in one host; a file of your own may have one (--prices)"
 
 
 def _limits(found: Choice) -> str:
@@ -278,6 +288,11 @@ def _choice_notes(found: Choice, ways: Sequence[Way]) -> Iterator[str]:
         yield f"without bf16, and so planned in fp16: {cards}"
     if any(not way.tried.trial.roomy for way in ways):
         yield "what fits only just survives because PyTorch gives its cache back, which costs time that is not counted"
+    joined = dict.fromkeys(
+        (assumed(way.tried.gpu, way.cost.num_gpus), gpus_in_use(way.cost.offer.gpu, way.cost.num_gpus)) for way in ways
+    )
+    for words, cards in _grouped(joined):
+        yield f"{cards}: {words}"
     if any(way.cost.num_gpus > 1 for way in ways):
         yield "each of several GPUs takes batch_size, so a step's batch is so much larger, and steps are fewer"
     yield "hours and dollars are those of training alone, with the options as asked on every GPU"
@@ -337,6 +352,10 @@ def comparison_page(sides: Sequence[Side]) -> list[Block]:
     counted = [(name, [side.counts[key] for side in sides]) for name, key in parameters]
     page = [Block("", "<<", who), _options(sides, letters), _figures("Parameters", counted, _whole, letters, few=False)]
     page.append(_peaks(sides, letters))
+    host = comparison.host_memory(sides)
+    if host:
+        rows = [(name, [size / GIB for size in sizes]) for name, sizes in host.items()]
+        page.append(_figures("Host memory, GiB", rows, lambda n: f"{n:,.2f}", letters, few=len(sides) <= _DELTAS))
     run = [
         ("a step, seconds", [side.time.get("step_s") for side in sides]),
         ("tokens a second", [side.time.get("tokens_per_s") for side in sides]),

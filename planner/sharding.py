@@ -399,10 +399,16 @@ class Fsdp:
                 f"4-bit weights are stored as {s.autocast or s.weights_dtype} (bnb_4bit_quant_storage), so that they "
                 "are sharded; as uint8, the default, each GPU would keep them whole"
             )
+        if run.accumulation > 1:
+            whole = sum(run.program.sizes[g] for g in run.first_micro_step.grads)
+            found.append(
+                f"between micro-steps each GPU keeps whole gradients, {format_bytes(whole)}: accelerate adds them up "
+                "over the GPUs in the last one alone"
+            )
         if self.cpu_offload:
             found.append(
-                "offloaded gradients are added up in host memory too, which needs "
-                "TrainingArguments(ddp_backend='cuda:nccl,cpu:gloo')"
+                "offloaded gradients are added up in host memory too: accelerate launch sets a backend for that, and "
+                "torchrun needs TrainingArguments(ddp_backend='cuda:nccl,cpu:gloo')"
             )
         return found
 

@@ -149,16 +149,7 @@ class Answer:
     def cheapest(self) -> Cost | Missing:
         """On the cheapest offer."""
         costs, _ = self.plan.costs()
-        if costs:
-            return costs[0]
-        fit = self.plan.fit
-        if fit is None:
-            return Missing("no GPU that is let by the hour holds it")
-        if not fit.fits:
-            return Missing(f"{fit.gpu.name} does not hold it")
-        if fit.lacks:
-            return Missing(f"{fit.gpu.name} cannot run it without {' and '.join(fit.lacks)}")
-        return Missing(f"no price of {fit.gpu.name} is known, or no rates to time it by")
+        return costs[0] if costs else Missing(self.plan.unpriced())
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -261,6 +252,7 @@ COLUMNS = {
 _DEFAULT = ("memory", "gpu", "cost")
 _DEFAULT_ON_GPU = ("memory", "fits", "headroom", "step_time", "cost")
 _OF_AN_OFFER = {"hours", "cost", "kwh", "offer"}
+_TIMED = {"step_time", "tokens_per_s", *_OF_AN_OFFER}
 
 
 # ------------------------------------------------------------------------------------------------------- the product
@@ -383,6 +375,8 @@ def _cell(place: _Place, columns: tuple[str, ...], question: Question, drawn: bo
         offer = answer.cheapest.offer
     if not all(COLUMNS[name].light for name in columns):
         warnings = answer.plan.warnings
+        if _TIMED & set(columns) and answer.plan.time and answer.plan.time.assumed:
+            warnings += (f"{answer.run.num_gpus:,} x {question.gpu}: {answer.plan.time.assumed}",)
         if learned := answer.plan.device.calibration:
             calibrated = True
             warnings += (f"calibrated by {learned.gpu} of the machine that made the table, {learned.date}",)

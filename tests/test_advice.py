@@ -46,6 +46,20 @@ def test_advice_is_typed_as_flags() -> None:
     assert "--batch-size 2" in flags
 
 
+def test_advice_knows_how_gpus_share_the_work() -> None:
+    def changes(**options: Any) -> list[dict[str, Any]]:
+        return [each.change for each in plan(BIG, method="full", seq_len=256, num_gpus=4, **options).advice()]
+
+    ddp, fsdp = changes(parallel="ddp"), changes(parallel="fsdp", reshard_after_forward=False)
+    assert {"parallel": "fsdp"} in ddp
+    assert {"num_gpus": 8} not in ddp
+    for change in ({"num_gpus": 8}, {"cpu_offload": True}, {"mixed_precision": "no"}, {"reshard_after_forward": True}):
+        assert change in fsdp
+        assert change not in ddp
+    assert {"parallel": "fsdp"} not in fsdp
+    assert {"cpu_offload": True} not in changes(parallel="zero3", cpu_offload=True)
+
+
 def test_what_cannot_be_had_is_no_advice() -> None:
     gpt_oss = {"model_type": "gpt_oss", **{k: v for k, v in TINY.items() if k != "model_type"}, "head_dim": 64}
     made = plan(gpt_oss | {"num_local_experts": 4, "num_experts_per_tok": 2}, method="lora", attention="eager")

@@ -252,6 +252,31 @@ def test_a_method_that_cannot_be_is_said(prices: Path) -> None:
     assert "full: mixed_precision fp16 cannot train fp16 weights" in words(choose(MODEL, prices=prices, **one))
 
 
+def test_several_instances_cost_several_at_the_slow_end_too(prices: Path) -> None:
+    found = choose(MODEL, prices=prices, method="lora", gpu="h100", num_gpus=16, parallel="ddp")
+    (way,) = found.ways
+    assert way.cost.instances == 2
+    assert way.cost.usd == pytest.approx(way.cost.hours * 48)
+    assert way.slow_usd == pytest.approx(way.cost.hours_high * 48)
+    assert "16 x h100: the step's time assumes hosts of 8 GPUs and a network of 3,200 Gb/s" in words(found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"parallel": "zero2", "cpu_offload": True, "num_gpus": 8, "gpu": "h100"}, "no time of a step is known"),
+        ({"num_gpus": 8, "gpu": "rtx-4090"}, "no known offer has 8 GPUs in one host"),
+    ],
+)
+def test_why_what_holds_it_has_no_price(asked: dict[str, Any], why: str, prices: Path) -> None:
+    found = choose(MODEL, prices=prices, method="full", **asked)
+    assert found.ways == ()
+    assert why in words(found)
+    alone = plan(MODEL, method="full", prices=prices, **asked)
+    assert alone.costs()[0] == ()
+    assert why.split(" GPUs")[0].split(" of a step")[0] in alone.unpriced()
+
+
 # ------------------------------------------------------------------------------------ wrong questions
 
 

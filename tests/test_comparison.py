@@ -200,3 +200,13 @@ def test_json_is_the_comparison(sides: list[Side]) -> None:
     found = comparison.to_dict(sides)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [each["label"] for each in found["sides"]] == ["one", "other"]
+
+
+def test_offloading_and_host_memory_stand_beside_each_other() -> None:
+    asked: dict[str, Any] = {"method": "full", "num_gpus": 2, "seq_len": 64}
+    ways: list[dict[str, Any]] = [{"parallel": "ddp"}, {"parallel": "fsdp", "cpu_offload": True}]
+    sides = [comparison.side(plan(TINY, **asked, **way).to_dict(), "one") for way in ways]
+    assert comparison.differing(sides)["cpu_offload"] == [False, True]
+    host = comparison.host_memory(sides)
+    assert host["offload"][0] == 0 < host["offload"][1]
+    assert "reshard_after_forward" not in comparison.differing(sides)

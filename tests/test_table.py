@@ -167,7 +167,7 @@ def test_a_value_that_there_is_not_says_why() -> None:
     assert sheet.rows[1][2] == "- (2)"
     assert sheet.notes == [
         "full fine-tuning saves no adapter",
-        "no price of rtx-3090 is known, or no rates to time it by",
+        "no known offer of rtx-3090; a file of your own may have one (--prices)",
     ]
 
 
