@@ -43,11 +43,11 @@ def page(report: Report) -> list[Block]:
     """The report's blocks: one run figure by figure; of several, tables, and the figures of those planned wrong."""
     blocks, many = [_head(report)], len(report.results) > 1
     if many:
-        blocks += [_runs(report.results), *_parts(report.results)]
+        blocks += [_runs(report.results), *_reasons(report.results), *_parts(report.results)]
     for number, result in enumerate(report.results, 1):
         if result.figures and (not many or result.beyond):
             blocks.append(_run(f"Run {number}, {result.case.plan.model.name}" if many else "This run", result))
-        if not many and len(result.line.get("ranks", ())) > 1:
+        if not many and result.outcome == "ok" and len(result.line.get("ranks", ())) > 1:
             blocks.append(_ranks(result))
         if result.divergences is not None:
             blocks.append(_divergences(result))
@@ -75,7 +75,7 @@ def _head(report: Report) -> Block:
         (result,) = report.results
         rows.append(Row((title(result.case.plan).removesuffix(", one GPU"),)))
         if result.outcome != "ok" or not result.case.survives:
-            rows.append(Row((_wrong(result) + ending(result),)))
+            rows.append(Row((_wrong(result) + _told(result),)))
     rows.append(Row((verdict(report),), "green" if report.good else "bold red"))
     return Block("", "<", rows)
 
@@ -103,7 +103,7 @@ def verdict(report: Report) -> str:
 def _runs(results: list[Result]) -> Block:
     rows = [Row(("", "allocated", "%", "reserved", "%", "step, s", "run"), "dim")]
     for number, result in enumerate(results, 1):
-        what = _wrong(result) + _brief(result.case)
+        what = _wrong(result) + _brief(result.case).replace(_gpus(result.case), "")
         cells = ["-"] * 5
         if result.outcome == "ok":
             found = {figure.name: figure for figure in result.figures}
@@ -111,9 +111,26 @@ def _runs(results: list[Result]) -> Block:
             cells = [cell for peak in peaks for cell in (f"{(peak.measured or 0) / GIB:.2f}", _share(peak))]
             cells.append("-" if result.line["step_s"] is None else f"{result.line['step_s']:.3f}")
         if result.outcome != "ok" or not result.case.survives:
-            what += f": {ending(result)}"
+            what += f": {_ending(result)}"
         rows.append(Row((str(number), *cells, what), "bold red" if result.verdict is False else ""))
-    return Block("Runs: peaks in GiB as measured, and how far the plan is off", ">>>>>><", rows)
+    several = _gpus(results[0].case)  # the same for all
+    where = f"Runs on {several.removesuffix(', ')}" if several else "Runs"
+    return Block(f"{where}: peaks in GiB as measured, and how far the plan is off", ">>>>>><", rows)
+
+
+def _gpus(case: Case) -> str:
+    """How many GPUs a run is on, as `_brief` says it; empty for one."""
+    return "" if case.plan.options.num_gpus == 1 else f"{case.plan.options.num_gpus:,} GPUs, "
+
+
+def _reasons(results: list[Result]) -> list[Block]:
+    """Why runs ended early that should not have: `_runs` has no room for whole sentences."""
+    rows = [
+        Row((str(number), result.reason))
+        for number, result in enumerate(results, 1)
+        if _early(result) and result.reason
+    ]
+    return [Block("Why runs ended early", "><", rows)] if rows else []
 
 
 def _parts(results: list[Result]) -> list[Block]:
@@ -141,16 +158,23 @@ def _wrong(result: Result) -> str:
     return "WRONG: " if result.verdict is False else ""
 
 
-def ending(result: Result) -> str:
+def _ending(result: Result) -> str:
     """How a run ended, other than measured to its end as planned."""
     if result.outcome == "ok":
         return "survived, though it was planned to run out"
     words = _ENDINGS.get(result.outcome, result.outcome)
-    if result.outcome == "out_of_memory" and result.verdict:
-        return f"{words} as planned"
     if result.outcome == "out_of_memory":
-        words += ", though it was planned to fit"
-    return f"{words} ({result.reason})" if result.reason else words
+        words += " as planned" if result.verdict else ", though it was planned to fit"
+    return words
+
+
+def _told(result: Result) -> str:
+    """The same with the reason, where it ended early and should not have."""
+    return f"{_ending(result)} ({result.reason})" if _early(result) and result.reason else _ending(result)
+
+
+def _early(result: Result) -> bool:
+    return result.outcome != "ok" and not result.verdict
 
 
 def _run(name: str, result: Result) -> Block:
@@ -276,7 +300,7 @@ class Progress:
     def done(self, result: Result) -> None:
         """A run ended."""
         if not sys.stderr.isatty():
-            ended = "measured" if result.outcome == "ok" else ending(result)
+            ended = "measured" if result.outcome == "ok" else _told(result)
             print(f"run {self._number}: {result.case.id}: {ended}, {result.seconds:.1f} s", file=sys.stderr, flush=True)
 
     def _show(self, what: str) -> None:

@@ -80,6 +80,36 @@ def with_hooks(
     return found + before.get(len(events), [])
 
 
+class _Bucket:
+    """Gradients that were copied to the bucket, until the next one finds no room there: then they are added up.
+
+    One that is larger than the bucket is itself until then. `summed` gives the events of what is kept of them.
+    """
+
+    def __init__(
+        self, program: Program, limit: int, summed: Callable[[Sequence[int]], list[int]] = lambda _: [], stream: int = 0
+    ) -> None:
+        self.program, self.limit, self.summed, self.stream = program, limit, summed, stream
+        self.waiting: list[int] = []
+
+    def add(self, g: int) -> list[int]:
+        """The events as a gradient comes."""
+        sizes = self.program.sizes
+        full = sum(sizes[w] for w in self.waiting) + sizes[g] > self.limit
+        found = self.empty() if full else []
+        self.waiting.append(g)
+        return found if sizes[g] > self.limit else [*found, 2 * g + 1]
+
+    def empty(self) -> list[int]:
+        """The events as those that wait are added up."""
+        if not self.waiting:
+            return []
+        sizes, came = self.program.sizes, [*self.waiting]
+        self.waiting.clear()
+        flat = self.program.new(sum(sizes[g] for g in came), "gradients, to be added up", BUFFERS, "", self.stream)
+        return [2 * flat, 2 * flat + 1, *self.summed(came), *(2 * g + 1 for g in came if sizes[g] > self.limit)]
+
+
 # ----------------------------------------------------------------------------------------------------------- ZeRO 1, 2
 
 
@@ -228,7 +258,7 @@ class Zero:
         again = made is not first
         gathering = self.stage == 2  # each gradient is added up in the micro-step that made it
         made = first if gathering else made
-        new, sizes, item = run.program.new, run.program.sizes, self._item
+        new, item = run.program.new, self._item
         names = {g: p.name for g, p in zip(first.grads, run.trained, strict=True)}
         touched = [p for p, _ in self.touched(run)]
         kept = {p.name for p in touched}
@@ -239,45 +269,28 @@ class Zero:
             self._sums = new(total, "gradients that this rank keeps", "gradients")
         adding = again and gathering
         sums = new(total, "gradients that this rank keeps, to be added", "gradients") if adding else self._sums
-        there, bucket = False, again and not gathering
-        waiting: list[int] = []
-        large: list[int] = []
+        there, begun = False, again and not gathering
 
-        def reduce() -> list[int]:
+        def summed(grads: Sequence[int]) -> list[int]:
             nonlocal there
-            if not waiting:
-                return []
-            flat = new(sum(sizes[g] for g in waiting), "gradients, to be added up", BUFFERS)
-            found = [2 * flat, 2 * flat + 1]
-            if not there and total and any(names[g] in kept for g in waiting):
-                there = True
-                found.append(2 * sums)
-            found += [2 * g + 1 for g in large]
-            waiting.clear()
-            large.clear()
-            return found
+            first_kept = not there and total > 0 and any(names[g] in kept for g in grads)
+            there = there or first_kept
+            return [2 * sums] if first_kept else []
 
-        def collect(g: int) -> list[int]:
-            found = reduce() if sum(sizes[w] for w in waiting) + sizes[g] > REDUCE_BUCKET * item else []
-            waiting.append(g)
-            if sizes[g] > REDUCE_BUCKET * item:
-                large.append(g)
-            else:
-                found.append(2 * g + 1)
-            return found
+        bucket = _Bucket(run.program, REDUCE_BUCKET * item, summed)
 
         def arrived(g: int) -> list[int]:
-            nonlocal bucket
-            found = [] if bucket else [2 * self._bucket]
-            bucket = True
-            return found + (collect(g) if gathering else [])
+            nonlocal begun
+            found = [] if begun else [2 * self._bucket]
+            begun = True
+            return found + (bucket.add(g) if gathering else [])
 
         stretches = [Stretch(s.name, with_hooks(s.events, run.program, names, arrived, {})) for s in made.stretches]
         if gathering or last:
             end = stretches[-1].events
             for g in () if gathering else first.grads:
-                end += collect(g)
-            end += [*reduce(), 2 * self._bucket + 1, *([2 * sums + 1] if adding and there else [])]
+                end += bucket.add(g)
+            end += [*bucket.empty(), 2 * self._bucket + 1, *([2 * sums + 1] if adding and there else [])]
         return stretches, []
 
     def update(self, run: Run, first: bool) -> list[Stretch]:
@@ -297,16 +310,16 @@ class Zero:
         events: list[int] = []
         groups = self.groups(run)
         for i, group in enumerate(groups):
-            flat, wide = new(self.part(group) * item, "gradients, flat", "gradients"), None
+            flat = new(self.part(group) * item, "gradients, flat", "gradients")
             events.append(2 * flat)
             if item < 4:
-                wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
-                events += (2 * wide, 2 * flat + 1)
-            if i == len(groups) - 1:
+                flat, low = new(self.part(group) * 4, "gradients, flat, float32", "gradients"), flat
+                events += (2 * flat, 2 * low + 1)
+            if i == len(groups) - 1 and self._sums >= 0:
                 events.append(2 * self._sums + 1)
             if i == 0:
                 events += run.optimize(first)
-            events.append(2 * (flat if wide is None else wide) + 1)
+            events.append(2 * flat + 1)
         return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
 
     def notes(self, run: Run) -> list[str]:  # noqa: ARG002
@@ -451,58 +464,15 @@ class Zero3(Zero):
         """Weights are gathered for the modules that run; each gradient goes to the bucket as it comes."""
         from vramplan.planner.run import Stretch
 
-        made, new, sizes = first, run.program.new, run.program.sizes
-        names = set(made.grads)
-        limit = REDUCE_BUCKET * self._item
-        filled = 0
-        waiting: list[int] = []
-
-        def reduce() -> list[int]:
-            nonlocal filled
-            flat = new(filled, "gradients, to be added up", BUFFERS, "", REDUCE)
-            found = [2 * flat, 2 * flat + 1, *(2 * g + 1 for g in waiting)] if filled else []
-            filled = 0
-            waiting.clear()
-            return found
-
-        def arrived(g: int) -> list[int]:
-            nonlocal filled
-            found = reduce() if filled + sizes[g] > limit else []
-            filled += sizes[g]
-            if sizes[g] > limit:
-                waiting.append(g)
-            else:
-                found.append(2 * g + 1)
-            return found
-
+        made, names = first, set(first.grads)
+        bucket = _Bucket(run.program, REDUCE_BUCKET * self._item, stream=REDUCE)
         fetched = Coordinator(run.program, self.ranks).play(list(_visits(run, made, self.units(run))))
         played = [
-            Stretch(s.name, with_hooks(s.events, run.program, names, arrived, fetched.get(i, {})))
+            Stretch(s.name, with_hooks(s.events, run.program, names, bucket.add, fetched.get(i, {})))
             for i, s in enumerate(made.stretches)
         ]
-        played[-1].events.extend(reduce())
+        played[-1].events.extend(bucket.empty())
         return played, []
-
-    def update(self, run: Run, first: bool) -> list[Stretch]:
-        """The norm in float64, then sub-group after sub-group: its gradients in float32, and its step (step)."""
-        from vramplan.planner.run import Stretch
-
-        if self.cpu_offload:
-            return []
-        new = run.program.new
-        norm: list[int] = []
-        for _, numel in self.touched(run):
-            double = new(8 * numel, "gradient, float64", "")
-            norm += (2 * double, 2 * double + 1)
-        events: list[int] = []
-        for i, group in enumerate(self.groups(run)):
-            flat = new(self.part(group) * self._item, "gradients, flat", "gradients")
-            wide = new(self.part(group) * 4, "gradients, flat, float32", "gradients")
-            events += (2 * flat, 2 * wide, 2 * flat + 1)
-            if i == 0:
-                events += run.optimize(first)
-            events.append(2 * wide + 1)
-        return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
 
 
 Place = tuple[int, int]  # a stretch, and an event in it
@@ -634,11 +604,12 @@ class Coordinator:
         self.groups: dict[str, _Group] = {}  # in flight, by weight
         self.held: dict[str, int] = {}  # what holds each weight that is whole
         self.live = 0  # elements that are whole or under way
+        self.queue: deque[tuple[Share, int]] = deque()  # weights that are still to be needed, each with its visit
+        self.fetched_for: dict[str, int] = {}  # the last visit for which each weight was fetched
 
     def play(self, visits: Sequence[Visit]) -> dict[int, dict[int, list[int]]]:
         """What is allocated and freed before each place: by stretch, then by position."""
-        self.queue = deque((share, number) for number, visit in enumerate(visits) for share in visit.weights)
-        self.fetched_for: dict[str, int] = {}
+        self.queue.extend((share, number) for number, visit in enumerate(visits) for share in visit.weights)
         busy: dict[str, int] = {}
         for number, visit in enumerate(visits):
             self._fetch(visit, number)

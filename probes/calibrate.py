@@ -6,26 +6,32 @@ training steps.
 
 from __future__ import annotations
 
-import sys
+import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vramplan.planner.stack import KNOWN, installed
 from vramplan.planner.units import MIB, format_gib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_REPEATS = 10
+_WARM, _REPEATS = 5, 10
 _KERNELS = {"Cudnn": "cudnn", "Flash": "flash", "Efficient": "efficient"}
+
+
+def stack() -> dict[str, str]:
+    """The versions of the known packages here, torch's as it says itself."""
+    here = installed() | {"torch": str(torch.__version__)}
+    return {package: here[package] for package in KNOWN if package in here}
 
 
 def look(_: object = None) -> dict[str, Any]:
     """What CUDA shows of the first GPU, as torch sees it; "problem" says in words why it cannot be used, if so."""
-    built = torch.version.cuda
-    found: dict[str, Any] = {"torch": str(torch.__version__), "python": sys.version.split()[0], "problem": ""}
-    if built is None:
+    found: dict[str, Any] = {"stack": stack(), "problem": ""}
+    if torch.version.cuda is None:
         return found | {
             "problem": f"torch {torch.__version__} is built without CUDA; install a CUDA build of it (pytorch.org)"
         }
@@ -109,26 +115,27 @@ def _matmul_flops_per_s(dtype: torch.dtype, n: int) -> float:
     """FLOP/s of an n x n x n product of random numbers (zeros draw less power and run faster)."""
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _seconds(lambda: torch.mm(a, b, out=out))
+    return 2 * n**3 / timed(lambda: torch.mm(a, b, out=out))[1]
 
 
 def _copy_bytes_per_s(nbytes: int) -> float:
     """Bytes read and written in a second of copying on the GPU."""
     a = torch.zeros(nbytes, device="cuda", dtype=torch.uint8)
     b = torch.empty_like(a)
-    return 2 * nbytes / _seconds(lambda: b.copy_(a))
+    return 2 * nbytes / timed(lambda: b.copy_(a))[1]
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The median time of `work` on the GPU, by CUDA's events, after it has run three times."""
-    for _ in range(3):
-        work()
-    times: list[float] = []
-    for _ in range(_REPEATS):
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds in which the host has launched `work`, and in which the GPU has done it: medians, once it is warm."""
+    host, gpu = [], []
+    for _ in range(_WARM + _REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         begin.record()
         work()
         end.record()
+        host.append(time.perf_counter() - began)
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return median(times)
+        gpu.append(begin.elapsed_time(end) / 1000)
+    return median(host[_WARM:]), median(gpu[_WARM:])

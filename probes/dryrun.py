@@ -397,7 +397,7 @@ class _Training:
         parts = [self.parts.get(i, "") for i in range(len(seen.sizes))]
         for i, scope in enumerate(seen.scopes):
             if seen.labels[i].startswith(standins.WORKSPACE):
-                parts[i] = "cuBLAS workspace"
+                parts[i] = standins.WORKSPACE
             elif not parts[i] and (scope == HEAD or (scope == seen.head and "mm" in seen.labels[i])):
                 parts[i] = "logits and loss"
         return Program(seen.sizes, seen.labels, seen.scopes, parts, [NOWHERE] * len(parts), seen.saved)

@@ -16,14 +16,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vramplan.planner.catalog import find_model
-from vramplan.probes import ranks
-from vramplan.probes.sharing_times import trained
+from vramplan.planner.files import write_text
+from vramplan.probes import calibrate, ranks
+from vramplan.probes.sharing_times import ALONE, trained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,15 +59,7 @@ def copies() -> list[dict[str, Any]]:
             ("to the GPU", partial(there.copy_, here, non_blocking=True)),
             ("to the host", partial(here.copy_, there, non_blocking=True)),
         ):
-            seconds = []
-            for _ in range(8):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                seconds.append(begin.elapsed_time(end) / 1000)
-            found.append({"copy": way, "bytes": mib * _MIB, "s": median(seconds[2:])})
+            found.append({"copy": way, "bytes": mib * _MIB, "s": calibrate.timed(call)[1]})
     return found
 
 
@@ -108,23 +100,23 @@ def held() -> dict[str, int]:
 
 def main(out: str) -> None:
     """Measures everything, and writes what there is so far."""
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_properties(0).name, "torch": torch.__version__}
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_properties(0).name, "stack": calibrate.stack()}
     threads = torch.get_num_threads()
 
     def save() -> None:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(out), json.dumps(found, indent=1) + "\n")
 
     found["copies"] = copies()
     found["updates"] = updates(1)
     save()
     torch.set_num_threads(1)
-    ranks.pretend(2)
+    ranks.pretend(ALONE)
     found["steps"] = []
     for name, setting in _RUNS:
         model = find_model(name)
         assert model is not None
         before = held()
-        made = trained(model.config, "fsdp", {**setting, "cpu_offload": True}, 2, _TRAINED_STEPS, _WARM, held)
+        made = trained(model.config, "fsdp", {**setting, "cpu_offload": True}, ALONE, _TRAINED_STEPS, _WARM, held)
         found["steps"].append({"model": name, "before": before, **made})
         print(json.dumps(found["steps"][-1]), flush=True)
         save()

@@ -11,10 +11,9 @@ import contextlib
 import os
 from importlib import import_module
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("TORCH_SYMBOLIZE_MODE", "dladdr")  # names in a memory history: addr2line takes minutes
+from vramplan.probes.probe_runner import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
 # With several GPUs in sight the Trainer would use them all (DataParallel); a probe measures the first.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 

@@ -24,7 +24,7 @@ from vramplan import __version__
 from vramplan.planner import calibration, memory
 from vramplan.planner.errors import Failure, UsageError, reason, shown
 from vramplan.planner.plan import plan
-from vramplan.planner.stack import KNOWN, installed, parse_stack
+from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import parse_options, refuse_phases
 from vramplan.planner.units import MIB, format_gib, parse_size
 from vramplan.probes import probe_cases, probe_gpu, ranks
@@ -287,8 +287,7 @@ class Probe:
             return self._keep(Result(case, "not started", reason))
         others = _others_bytes(self.machine.uuid, self.machine.card.budget_bytes)
         asked = {
-            # where a config was saved is nobody's business
-            "config": {name: value for name, value in case.plan.model.config.items() if name != "_name_or_path"},
+            "config": case.config,
             "options": case.options,
             "steps": case.steps,
             "limit_bytes": case.room_bytes if case.limited else None,
@@ -339,32 +338,27 @@ class Probe:
 
     def calibrate(
         self,
+        runs: list[dict[str, Any]],
         learned: Mapping[str, Any],
         limit_bytes: int | None,
         deadline: float,
-        *,
-        grid: bool,
-        sharing: Mapping[str, Any],
     ) -> None:
-        """The bundled runs until `deadline`, on the monotonic clock, and what they and `learned` say of this GPU.
+        """The bundled `runs` until `deadline`, and what they and `learned` say of this GPU, kept for later plans."""
+        try:
+            self.measure(runs, learned["matmul_flops_per_s"], limit_bytes, deadline)
+        finally:  # an interrupt keeps what was measured
+            self._learn(learned)
 
-        The first that fits is run whatever the time: a probe that measures nothing is of no use. Runs on several GPUs,
-        shared by the options of `sharing`, are measured, and nothing is learnt from them.
+    def measure(self, runs: list[dict[str, Any]], flops_per_s: float, limit_bytes: int | None, deadline: float) -> None:
+        """The bundled `runs` until `deadline`, on the monotonic clock.
+
+        The first that fits is run whatever the time: a probe that measures nothing is of no use.
         """
-        asked, notes = probe_cases.bundled(self.machine, grid=grid, sharing=sharing)
+        runs, notes = probe_cases.possible(runs, self.machine)
         self.report.notes += notes
         self.report.limit_bytes = limit_bytes
-        try:
-            self._run_bundled(asked, learned["matmul_flops_per_s"], limit_bytes, deadline)
-        finally:  # an interrupt keeps what was measured
-            if not sharing:
-                self._learn(learned)
-
-    def _run_bundled(
-        self, asked: Sequence[Mapping[str, Any]], flops_per_s: float, limit_bytes: int | None, deadline: float
-    ) -> None:
         slowness, skipped = 1.0, False
-        for case in probe_cases.fitting(asked, self.machine, limit_bytes):
+        for case in probe_cases.fitting(runs, self.machine, limit_bytes):
             guess = probe_cases.seconds(case, flops_per_s)
             left = deadline - time.monotonic()
             if not self.report.results:
@@ -427,17 +421,10 @@ class Probe:
 
 
 def _others_bytes(uuid: str, budget_bytes: int, expected: int = 0) -> int:
-    """What other processes hold of the GPU, once a run's process that just ended has given back its own.
-
-    An old driver does not tell what processes hold from its own share, which CUDA's total shows.
-    """
+    """What other processes hold of the GPU, once a run's process that just ended has given back its own."""
     held = 0
     for _ in range(_READINGS):
-        seen = probe_gpu.memory(uuid)
-        if seen is None:
-            return 0
-        own = seen.total_bytes - budget_bytes
-        held = max(0, seen.used_bytes - own) if seen.processes_bytes is None else seen.processes_bytes
+        held = probe_gpu.others_bytes(uuid, budget_bytes)
         if held - expected < _NOTICED:
             break
         time.sleep(0.25)
@@ -449,8 +436,7 @@ def _line(case: Case, machine: Machine, found: Mapping[str, Any], others: int) -
     return {
         "id": case.id,
         "model": case.plan.model.name,
-        # where a config was saved is nobody's business
-        "config": {name: value for name, value in case.plan.model.config.items() if name != "_name_or_path"},
+        "config": case.config,
         "options": case.options,
         "gpu": machine.card.name,
         "stack": dict(machine.stack),
@@ -522,16 +508,22 @@ def look(runner: Runner, job: str) -> tuple[Machine, dict[str, Any]]:
         notes.append(f"no table knows this {seen['name']}: for plans it is named by its size, --gpu {card.name}")
     if others > _NOTICED:
         notes.append(f"other processes hold {format_gib(others)} of the GPU; it is subtracted")
-    here = installed() | {"torch": seen["torch"]}
-    stack = {package: here[package] for package in KNOWN if package in here}
-    return Machine(card, seen["name"], seen["uuid"], driver, stack, others, seen["bitsandbytes"], tuple(notes)), seen
+    machine = Machine(
+        card, seen["name"], seen["uuid"], driver, seen["stack"], others, seen["bitsandbytes"], tuple(notes)
+    )
+    return machine, seen
 
 
-def budget_s(model: Any, *, quick: bool, full: bool, several: bool = False) -> float | None:
+def budget_s(model: Any, options: Mapping[str, Any], *, quick: bool, full: bool) -> float | None:
     """Seconds that the bundled runs may take; None for a plan's own."""
     if model is not None:
         return None
-    return QUICK_S if quick else GRID_S if full else SEVERAL_S if several else BUDGET_S
+    return QUICK_S if quick else GRID_S if full else SEVERAL_S if _several(options) else BUDGET_S
+
+
+def _several(options: Mapping[str, Any]) -> bool:
+    """Whether they are of several GPUs."""
+    return parse_options({"num_gpus": options.get("num_gpus")}).num_gpus > 1
 
 
 def probe(
@@ -555,11 +547,18 @@ def probe(
     with what was measured until then.
     """
     started = time.monotonic()
-    budget = budget_s(model, quick=quick, full=full, several=bool(options))
+    options = {name: value for name, value in options.items() if value is not None}
     limit_bytes = None if memory_limit is None else parse_size(memory_limit, "--memory-limit")
     _refuse(model, options, quick=quick, full=full, boundary=boundary, snapshot=snapshot)
     # a wrong question is answered at once, not after the imports
-    asked = parse_options(options) if model is None else plan(model, **options).options
+    budget, several = budget_s(model, options, quick=quick, full=full), _several(options)
+    runs: list[dict[str, Any]] = []
+    if model is not None:
+        asked = plan(model, **options).options
+    else:
+        runs = probe_cases.bundled(grid=full, sharing=options if several else {})
+        # each of the grid's runs is shared in a way of its own; what else is asked of it, fsdp has
+        asked = parse_options({"parallel": "fsdp"} | options if full and several else options)
     _refuse_parallel(asked, boundary=boundary, alone=alone)
     if lacking := [name for name in _needed(asked) if find_spec(name) is None]:
         raise Failure(f"not installed: {', '.join(lacking)}; a probe trains for real: {_install(lacking)}")
@@ -576,17 +575,24 @@ def probe(
                 f"free on {machine.name}; give less (--memory-limit)"
             )
         made = Probe(runner, machine, file or _own_file(machine), watcher)
+        if alone:
+            made.report.notes.append(
+                "one GPU stood for all: neither NCCL's memory, the device total nor times are measured"
+            )
         try:
             if budget is not None:
                 deadline = max(started + budget, looked + AFTER_IMPORTS_S)
-                made.calibrate(learned, limit_bytes, deadline, grid=full, sharing=options)
+                if several:  # nothing is learnt from what GPUs share
+                    made.measure(runs, learned["matmul_flops_per_s"], limit_bytes, deadline)
+                else:
+                    made.calibrate(runs, learned, limit_bytes, deadline)
             else:
-                _usable(probe_cases.case_of(model, options, machine, limit_bytes), machine)
+                case = probe_cases.case_of(model, options, machine, limit_bytes)
+                _usable(case, machine)
                 if boundary is not None:
                     made.prove(model, options, limit_bytes, boundary)
                 else:
                     made.report.limit_bytes = limit_bytes
-                    case = probe_cases.case_of(model, options, machine, limit_bytes)
                     made.run(replace(case, record=snapshot))
         except KeyboardInterrupt:
             made.report.interrupted = True
@@ -651,7 +657,7 @@ def _usable(case: Case, machine: Machine) -> None:
     if machine.card.bf16 is False and "bf16" in (o.weights_dtype, o.mixed_precision):
         weights = "fp32" if o.method == "full" else "fp16"
         raise UsageError(f"{machine.name} has no bf16; add --weights-dtype {weights} --mixed-precision fp16")
-    if machine.bitsandbytes and probe_cases.needs_bitsandbytes(case.options):
+    if machine.bitsandbytes and o.bitsandbytes:
         raise Failure(f"{machine.bitsandbytes}; without it, choose --method lora or full, and an optimizer of torch's")
 
 

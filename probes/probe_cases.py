@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.planner import catalog, memory, optimizer
-from vramplan.planner.errors import Failure, UsageError
+from vramplan.planner import catalog, memory
+from vramplan.planner.errors import Failure, UsageError, shown
 from vramplan.planner.fit import largest
 from vramplan.planner.plan import plan
+from vramplan.planner.training import parse_options
 from vramplan.planner.units import GIB, MIB, format_gib
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ STEPS = 4  # the planner plays as many: the first makes states, the second meets
 TOKEN_STEP = 64  # of a boundary over seq_len
 _MOST_BATCH, _MOST_TOKENS = 100_000, 2**20
 # Options that say nothing of what the GPU holds.
-_NOT_MEASURED = ("num_gpus", "parallel", "examples", "tokens_per_example", "epochs", "phases")
+_NOT_MEASURED = ("examples", "tokens_per_example", "epochs", "phases")
 SHARING = ("num_gpus", "parallel", "reshard_after_forward", "cpu_offload")  # options that say how GPUs share a run
 
 
@@ -85,10 +86,15 @@ class Case:
         return re.sub(r"[\[\]' ]", "", "-".join([self.plan.model.name, *said]))
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The model's config as a measured run's line has it: where it was saved is nobody's business."""
+        return {name: value for name, value in self.plan.model.config.items() if name != "_name_or_path"}
+
+    @property
     def options(self) -> dict[str, Any]:
         """The plan's options as a measured run's line has them: those that mean something for it and for its memory."""
         values = self.plan.options.as_dict()
-        left_out = _NOT_MEASURED if self.plan.options.num_gpus == 1 else _NOT_MEASURED[2:]
+        left_out = (*_NOT_MEASURED, *(("num_gpus", "parallel") if self.plan.options.num_gpus == 1 else ()))
         return {name: v for name, v in values.items() if v is not None and name not in left_out}
 
     @property
@@ -166,27 +172,34 @@ def case_of(model: Any, options: Mapping[str, Any], machine: Machine, limit_byte
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
-def bundled(
-    machine: Machine, *, grid: bool, sharing: Mapping[str, Any] | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The table's runs that this GPU's kind and libraries can do, each a model and options; notes on the others.
+def bundled(*, grid: bool, sharing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table's runs, each a model and options.
 
     With options of `SHARING` they are those for several GPUs, shared so; of the grid's, those that are shared so.
+    Raises UsageError where none of the grid's is.
     """
-    notes: list[str] = []
     if sharing:
-        asked = _of_several(sharing, grid=grid)
-    else:
-        asked = [*_table()["default"], *(_grid(_table()["full"]) if grid else [])]
+        return _of_several(sharing, grid=grid)
+    return [*_table()["default"], *(_grid(_table()["full"]) if grid else [])]
+
+
+def possible(asked: list[dict[str, Any]], machine: Machine) -> tuple[list[dict[str, Any]], list[str]]:
+    """Those of `asked` that this GPU's kind and libraries can do; notes on the others."""
+    notes: list[str] = []
     if any(_by_deepspeed(each) for each in asked) and not find_spec("deepspeed"):
         notes.append("deepspeed is not installed; runs that need it are left out")
         asked = [each for each in asked if not _by_deepspeed(each)]
     if machine.bitsandbytes:
         notes.append(f"{machine.bitsandbytes}; runs that need it are left out")
-        asked = [each for each in asked if not needs_bitsandbytes(each["options"])]
+        asked = [each for each in asked if not parse_options(each["options"]).bitsandbytes]
     if machine.card.bf16 is False:
         notes.append(f"{machine.name} has no bf16, so everything is run in fp16")
-        asked = [{**each, "options": each["options"] | _in_fp16(each["options"]["method"])} for each in asked]
+        all_asked = [{**each, "options": each["options"] | _in_fp16(each["options"]["method"])} for each in asked]
+        asked = [each for each in all_asked if not _contradiction(each)]
+        if not asked:
+            raise UsageError(_contradiction(all_asked[0]))
+        if len(asked) < len(all_asked):
+            notes.append("runs that cannot be in fp16 are left out")
     return asked, notes
 
 
@@ -200,13 +213,24 @@ def _of_several(sharing: Mapping[str, Any], *, grid: bool) -> list[dict[str, Any
     found = [{**each, "options": each["options"] | sharing} for each in asked]
     if not grid:
         return found
-    kept = [sharing.get("parallel", each["options"]["parallel"]) == each["options"]["parallel"] for each in asked]
-    whole = len(sharing.keys() - {"num_gpus", "parallel"}) > 0  # which ddp has not
-    return [
-        each
-        for each, good in zip(found, kept, strict=True)
-        if good and not (whole and each["options"]["parallel"] == "ddp")
-    ]
+    if "parallel" not in sharing:
+        return [each for each in found if not _contradiction(each)]
+    way, ways = sharing["parallel"], list(dict.fromkeys(each["options"]["parallel"] for each in asked))
+    if way not in ways:
+        raise UsageError(
+            f"--full has no runs with parallel {shown(way)}; choose --parallel {', '.join(ways[:-1])} or {ways[-1]}, "
+            "or leave out --full"
+        )
+    return [new for new, each in zip(found, asked, strict=True) if each["options"]["parallel"] == way]
+
+
+def _contradiction(asked: Mapping[str, Any]) -> str:
+    """Why a run's options cannot be asked for together; empty where they can."""
+    try:
+        parse_options(asked["options"])
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _by_deepspeed(asked: Mapping[str, Any]) -> bool:
@@ -229,12 +253,6 @@ def fitting(asked: Iterable[Mapping[str, Any]], machine: Machine, limit_bytes: i
             f"none of the bundled runs fits the {format_gib(machine.free_bytes)} that are free on {machine.name}; "
             "end what else runs there, or name a smaller model (MODEL)"
         )
-
-
-def needs_bitsandbytes(options: Mapping[str, Any]) -> bool:
-    """Whether a run with these options quantises with bitsandbytes, or steps with its optimizer."""
-    named = options.get("optimizer")
-    return options["method"] == "qlora" or (named is not None and optimizer.get(named).implementation == "bnb")
 
 
 def _in_fp16(method: str) -> dict[str, str]:
@@ -272,8 +290,8 @@ def boundary(
 
     Raises UsageError where not even the least fits, or where nothing is too much.
     """
-    least = case_of(model, {**options, over: 1 if over == "batch_size" else TOKEN_STEP}, machine, limit_bytes)
     step = 1 if over == "batch_size" else TOKEN_STEP
+    least = case_of(model, {**options, over: step}, machine, limit_bytes)
     most = _MOST_BATCH
     if over == "seq_len":
         positions = least.plan.architecture.config.get("max_position_embeddings")

@@ -62,6 +62,19 @@ def memory(uuid: str) -> Memory | None:
         return Memory(total, used, None)
 
 
+def others_bytes(uuid: str, cuda_bytes: int) -> int:
+    """What processes hold of the GPU, read before this one holds anything; 0 where NVML does not say.
+
+    An old driver does not tell that from its own share, which is what CUDA's total, `cuda_bytes`, leaves out.
+    """
+    seen = memory(uuid)
+    if seen is None:
+        return 0
+    if seen.processes_bytes is not None:
+        return seen.processes_bytes
+    return max(0, seen.used_bytes - (seen.total_bytes - cuda_bytes))
+
+
 def sliced(uuid: str) -> bool:
     """Whether the GPU is divided by MIG."""
     nvml = _nvml()

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
 PRELOAD = ("vramplan.probes.preload",)
+ENVIRONMENT = {  # of every process that trains, set before it imports torch
+    "HF_HUB_OFFLINE": "1",  # nothing is downloaded
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for a GPU leaves CUDA alone
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_SYMBOLIZE_MODE": "dladdr",  # names in a memory history: addr2line takes minutes
+}
 _ENDS_S = 10.0  # a process that has given its answer gets this long to end by itself
 
 
@@ -98,35 +104,19 @@ class Runner:
         except (EOFError, OSError):
             pass
         process.join(_ENDS_S)
-        return "crashed", None, self._crash(process.exitcode)
-
-    def _crash(self, exitcode: int | None) -> str:
-        if exitcode == -signal.SIGKILL:
-            return "the process was killed from outside: most often by the system, for want of host memory"
-        how = f"exited with {exitcode}"
-        if exitcode is not None and exitcode < 0:
-            with contextlib.suppress(ValueError):
-                how = f"died of {signal.Signals(-exitcode).name}"
-        last = last_line(self._log)
-        return f"the process {how}" + (f"; its last words: {last}" if last else "")
+        return "crashed", None, crash("the process", process.exitcode, self._log)
 
 
 def _child(theirs: connection.Connection, job: str, argument: Any, log: str) -> None:
     """In the job's process: calls it, and sends (outcome, answer, reason)."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    print_to(log)
     module, _, name = job.partition(":")
     try:
         answer = ["ok", getattr(import_module(module), name)(argument), ""]
     except KeyboardInterrupt:
         os._exit(130)  # the terminal's Ctrl-C reaches this process too; the parent tells
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        answer = ["failed", None, f"{kind}{first_line(error)}"]
+        answer = ["failed", None, failure(error)]
     theirs.send_bytes(json.dumps(answer).encode())  # not pickled: a type of torch's would import torch over there
 
 
@@ -148,8 +138,35 @@ def _output_to(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def last_line(file: Path) -> str:
-    """The last line of what was printed to a file; empty where nothing was."""
+def print_to(file: str | Path) -> None:
+    """From now on, what this process prints goes to a file."""
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(opened, stream)
+
+
+def failure(error: Exception) -> str:
+    """What a job that raised an error ends with; the traceback is printed."""
+    import traceback
+
+    traceback.print_exc()
+    said, kind = first_line(error), type(error).__name__
+    return said if isinstance(error, UsageError) or said == kind else f"{kind}: {said}"
+
+
+def crash(who: str, exitcode: int | None, log: Path) -> str:
+    """How a process ended that gave no answer, and the last line of what it printed to a file."""
+    if exitcode == -signal.SIGKILL:
+        return f"{who} was killed from outside: most often by the system, for want of host memory"
+    how = f"exited with {exitcode}"
+    if exitcode is not None and exitcode < 0:
+        with contextlib.suppress(ValueError):
+            how = f"died of {signal.Signals(-exitcode).name}"
+    last = _last_line(log)
+    return f"{who} {how}" + (f"; its last words: {last}" if last else "")
+
+
+def _last_line(file: Path) -> str:
     try:
         lines = file.read_bytes()[-4000:].decode(errors="replace").split("\n")
     except OSError:

@@ -12,101 +12,131 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vramplan.planner.errors import UsageError
-from vramplan.probes.probe_runner import Outcome, first_line, last_line
+from vramplan.planner.files import write_text
+from vramplan.probes import probe_gpu
+from vramplan.probes.probe_runner import ENVIRONMENT, Outcome, crash, failure, first_line, print_to
 
-_ENDS_S = 10.0  # torchrun gets this long to end its ranks
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # nothing is downloaded
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_RANK = "vramplan.probes.ranks"  # the module that a rank runs
+_ENDS_S = 10.0  # the system gets this long to end processes that were killed
 
 
 def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
     """The outcome of `measure` of `case` on every GPU; its answer is a list, by rank.
 
-    "ok" where every rank gave an answer; else "failed", "crashed" or "timeout" with the reason of the first that did
-    not. Nothing that was started is left behind.
+    "ok" where every rank gave an answer, or one ran out of memory; else "failed", "crashed" or "timeout" with the
+    reason of the first that did not. Nothing that was started is left behind.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="vramplan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vramplan-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
-        (place / "case.json").write_text(json.dumps(case), encoding="utf-8")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"),
-            *("-m", "vramplan.probes.ranks", folder),
+            *("-m", _RANK, folder),
         ]
-        with (place / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT},
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                reason = f"it was stopped after {timeout_s:.0f} s"
-                return Outcome("timeout", None, reason, time.monotonic() - started)
-            finally:  # on KeyboardInterrupt too
-                _end(process)
+        try:
+            write_text(place / "case.json", json.dumps(case))
+            with (place / "output.txt").open("wb") as output:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+                    env={**os.environ, **ENVIRONMENT, "TMPDIR": folder},
+                )  # fmt: skip
+        except OSError as error:
+            return Outcome("failed", None, f"torchrun could not be started: {first_line(error)}", 0.0)
+        in_time = True
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            in_time = False
+        finally:  # on KeyboardInterrupt too
+            _end(process, folder)
         outcome, answers, reason = _answers(place, num_gpus)
         if outcome == "crashed":
-            reason = f"{reason}: torchrun exited with {process.returncode}"
-            words = last_line(place / "output.txt")
-            reason += f"; its last words: {words}" if words else ""
+            outcome, reason = "timeout", f"it was stopped after {timeout_s:.0f} s"
+            if in_time:
+                outcome, reason = "crashed", _crash(place, process.returncode)
         return Outcome(outcome, answers, reason, time.monotonic() - started)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends torchrun and its ranks, all of them in a session of their own."""
-    for name in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
+def _end(process: subprocess.Popen[bytes], folder: str) -> None:
+    """Kills torchrun and everything that it has started, each rank of which has a session of its own.
+
+    They are known by their TMPDIR, which is nobody else's, so that no process is killed that has got an old one's id.
+    """
+    mark, until = f"TMPDIR={folder}".encode(), time.monotonic() + _ENDS_S
+    process.kill()
+    while (left := _marked(mark)) and time.monotonic() < until:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, name)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_ENDS_S)
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    assert process.stdin is not None
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_ENDS_S)
+
+
+def _marked(mark: bytes) -> list[int]:
+    """The processes that have this in their environment; where there is no /proc, none is found."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
 
 
 def _answers(place: Path, num_gpus: int) -> tuple[str, list[dict[str, Any]] | None, str]:
-    """What the ranks wrote: all answers, or the first error in time."""
-    found: list[dict[str, Any]] = []
-    errors: list[tuple[float, int, str]] = []
-    missing = []
+    """What the ranks wrote: all answers, or the first error in time.
+
+    The first that runs out of memory is told as well, and of those that ended because of it nothing is known: {}.
+    """
+    written: list[dict[str, Any]] = []
     for rank in range(num_gpus):
         try:
-            answer = json.loads((place / f"rank{rank}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            missing.append(rank)
-            continue
-        if "error" in answer:
-            errors.append((answer["at"], rank, answer["error"]))
-        else:
-            found.append(answer)
-    if errors:
-        _, rank, error = min(errors)
-        return "failed", None, f"rank {rank}: {error}"
-    if missing:
-        return "crashed", None, f"rank {missing[0]} gave no answer"
-    return "ok", found, ""
+            written.append(json.loads((place / f"rank{rank}.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            written.append({})
+    answers = [each.get("answer", {}) for each in written]
+    wrong = [(each["at"], i) for i, each in enumerate(written) if each and answers[i].get("outcome") != "ok"]
+    if not wrong:
+        return ("ok", answers, "") if all(written) else ("crashed", None, "")
+    _, first = min(wrong)
+    if error := written[first].get("error"):
+        return "failed", None, f"rank {first}: {error}"
+    return "ok", answers, ""
 
 
-def together(answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _crash(place: Path, exitcode: int) -> str:
+    """How the first rank ended that gave no answer, as torchrun tells it; else how torchrun itself did."""
+    output = place / "output.txt"
+    cause = r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)"
+    if found := re.search(cause, output.read_text(encoding="utf-8", errors="replace"), re.DOTALL):
+        return crash(f"rank {found[1]}", int(found[2]), place / f"rank{found[1]}.txt")
+    return crash("torchrun", exitcode, output)
+
+
+def together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a run: rank 0's, with the highest peak of all ranks, and each rank's own under "ranks".
 
-    Where a rank ran out of memory, so did the run.
+    Where a rank ran out of memory, so did the run, and its figures are that rank's.
     """
-    first = dict(answers[0])
-    ran_out = [(rank, each["reason"]) for rank, each in enumerate(answers) if each["outcome"] == "out_of_memory"]
+    ran_out = [rank for rank, each in enumerate(answers) if each.get("outcome") == "out_of_memory"]
+    first = dict(answers[ran_out[0] if ran_out else 0])
     if ran_out:
-        first |= {"outcome": "out_of_memory", "reason": f"rank {ran_out[0][0]}: {ran_out[0][1]}"}
+        first["reason"] = f"rank {ran_out[0]}: {first['reason']}"
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "step_s")
     for name in ("loaded_bytes", "ready_bytes"):  # a model for fsdp is loaded in host memory
         first[name] = first.get(name) or None
@@ -120,22 +150,25 @@ def together(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(folder: str) -> int:
     """In a rank: measures the case in `folder` on the GPU of this rank."""
+    threading.Thread(target=_end_with_probe, daemon=True).start()
     rank = int(os.environ["RANK"])
     place = Path(folder)
+    print_to(place / f"rank{rank}.txt")
+    ended: dict[str, Any]
     try:
-        answer = _measure(json.loads((place / "case.json").read_text(encoding="utf-8")), rank)
+        ended = {"answer": _measure(json.loads((place / "case.json").read_text(encoding="utf-8")), rank)}
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        answer = {"error": f"{kind}{first_line(error)}", "at": time.time()}
-    part = place / f"rank{rank}.part"
-    part.write_text(json.dumps(answer), encoding="utf-8")
-    part.replace(place / f"rank{rank}.json")
+        ended = {"error": failure(error)}
+    write_text(place / f"rank{rank}.json", json.dumps(ended | {"at": time.time()}))
     sys.stdout.flush()
     # a rank that failed or ran out of memory leaves the others waiting: torchrun ends them
-    os._exit(1 if "error" in answer or answer["outcome"] != "ok" else 0)
+    os._exit(0 if ended.get("answer", {}).get("outcome") == "ok" else 1)
+
+
+def _end_with_probe() -> None:
+    """Ends this process with the one that `launch` runs in, however that ends: it alone can write to this pipe."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def alone(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,12 +212,12 @@ def pretend(num_gpus: int) -> None:
 def _measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     import torch
 
-    from vramplan.probes import measure, probe_gpu
+    from vramplan.probes import measure
 
     device = int(os.environ["LOCAL_RANK"])
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    held = probe_gpu.memory(uuid)  # before this process holds anything of its GPU
-    others = 0 if held is None else held.processes_bytes or 0
+    gpu = torch.cuda.get_device_properties(device)
+    uuid = str(gpu.uuid)
+    others = probe_gpu.others_bytes(uuid, gpu.total_memory)  # before this process holds anything of its GPU
     torch.cuda.set_device(device)
     record = case["record"] and rank == 0  # the rank that is played
     return measure.measure({**case, "uuid": uuid, "others_bytes": others, "record": record})

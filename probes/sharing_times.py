@@ -15,21 +15,23 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import transformers
 from torch import distributed as dist
 
+from vramplan.planner.files import write_text
 from vramplan.planner.plan import plan
-from vramplan.planner.stack import KNOWN, installed
-from vramplan.probes import ranks, workload
+from vramplan.probes import calibrate, ranks, workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ _SMALL = {
 }  # fmt: skip
 _LAYERS = (4, 16)
 _STEPS, _WARM = 30, 8
-_ALONE = 2  # GPUs that one stands for
+ALONE = 2  # GPUs that one stands for
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "full"},
     {"method": "lora"},
@@ -49,10 +51,6 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
 _WAYS = ("none", "ddp", "fsdp")
 _MIB = 2**20
 _SIZES = (1, 4, 16, 64, 256, 512)  # MiB of what one rank gives or gets
-_HOOKS = {
-    "FSDPState": ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback"),
-    "FSDPParamGroup": ("post_backward",),
-}
 
 
 class _Times(transformers.TrainerCallback):  # type: ignore[misc]
@@ -83,16 +81,17 @@ class _Times(transformers.TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def _timed_hooks() -> Iterator[dict[str, list[float]]]:
     """Seconds of every call of fully_shard's hooks, by their names; those within another are part of that."""
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
-    classes = {"FSDPState": _fsdp_state.FSDPState, "FSDPParamGroup": _fsdp_param_group.FSDPParamGroup}
+    hooks = {
+        FSDPState: ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback"),
+        FSDPParamGroup: ("post_backward",),
+    }
     seconds: dict[str, list[float]] = defaultdict(list)
     inside: set[int] = set()  # threads
-    before = []
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        import threading
-
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             thread = threading.get_ident()
@@ -108,16 +107,11 @@ def _timed_hooks() -> Iterator[dict[str, list[float]]]:
 
         return run
 
-    for kind, names in _HOOKS.items():
-        for name in names:
-            function = getattr(classes[kind], name)
-            before.append((classes[kind], name, function))
-            setattr(classes[kind], name, timed(name, function))
-    try:
+    with ExitStack() as stack:
+        for owner, names in hooks.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(owner, name, timed(name, getattr(owner, name))))
         yield seconds
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
 
 
 @contextmanager
@@ -137,11 +131,8 @@ def _timed_clipping() -> Iterator[list[float]]:
         seconds.append(time.perf_counter() - began)
         return found
 
-    accelerate.Accelerator.clip_grad_norm_ = run
-    try:
+    with mock.patch.object(accelerate.Accelerator, "clip_grad_norm_", run):
         yield seconds
-    finally:
-        accelerate.Accelerator.clip_grad_norm_ = function
 
 
 def trained(
@@ -203,40 +194,24 @@ def _by_step(values: list[float], per_step: float) -> list[float]:
     return [sum(values[at : at + n]) for at in range(0, len(values) - n + 1, n)] if n else []
 
 
-def collectives(ranks: int) -> list[dict[str, Any]]:
+def collectives(num_gpus: int) -> list[dict[str, Any]]:
     """Seconds of the collectives by which runs are shared, in bf16, and the bytes that go over each GPU's link."""
     found = []
     for mib in _SIZES:
         part = torch.ones(mib * _MIB // 2, dtype=torch.bfloat16, device="cuda")
-        whole = torch.ones(mib * _MIB // 2 * ranks, dtype=torch.bfloat16, device="cuda")
+        whole = torch.ones(mib * _MIB // 2 * num_gpus, dtype=torch.bfloat16, device="cuda")
         for name, call, arguments, times in (
             ("all_gather", dist.all_gather_into_tensor, (whole, part), 1),
             ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole), 1),
             ("all_reduce", dist.all_reduce, (whole,), 2),
         ):
-            host_s, gpu_s = _timed(partial(call, *arguments))
-            nbytes = times * part.nbytes * (ranks - 1)
+            host_s, gpu_s = calibrate.timed(partial(call, *arguments))
+            nbytes = times * part.nbytes * (num_gpus - 1)
             found.append(
                 {"collective": name, "bytes": whole.nbytes, "link_bytes": nbytes, "s": gpu_s, "host_s": host_s}
             )
         del part, whole
     return found
-
-
-def _timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds in which the host has launched it, and in which the GPU has done it."""
-    host, gpu = [], []
-    for _ in range(15):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        begin.record()
-        work()
-        end.record()
-        host.append(time.perf_counter() - began)
-        end.synchronize()
-        gpu.append(begin.elapsed_time(end) / 1000)
-    return median(host[5:]), median(gpu[5:])
 
 
 def main(out: str) -> None:
@@ -247,15 +222,13 @@ def main(out: str) -> None:
         dist.init_process_group("nccl")
     else:
         dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
-    here = installed()
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_properties(local).name, "num_gpus": dist.get_world_size(),
-        "stack": {package: here[package] for package in KNOWN if package in here} | {"torch": torch.__version__},
-        "collectives": collectives(dist.get_world_size()), "steps": [],
+        "stack": calibrate.stack(), "collectives": collectives(dist.get_world_size()), "steps": [],
     }  # fmt: skip
     if not several:
         dist.destroy_process_group()
-        ranks.pretend(_ALONE)
+        ranks.pretend(ALONE)
     for setting in _SETTINGS:
         for way in _WAYS:
             for layers in _LAYERS:
@@ -263,7 +236,7 @@ def main(out: str) -> None:
                 found["steps"].append(trained(config, way, setting, dist.get_world_size()))
                 if rank == 0:
                     print(json.dumps(found["steps"][-1]), flush=True)
-                    Path(out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                    write_text(Path(out), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from vramplan.planner.device import Device
+
 aten = torch.ops.aten
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TORCH = (int(torch.__version__.split(".")[0]), int(torch.__version__.split(".")[1]))
 _VALUES = 2**20  # of a tensor at most, where they are kept
-CUBLASLT_BYTES = 2**20
+_CUBLASLT_BYTES = 2**20
+WORKSPACE = "cuBLAS workspace"
+_in_math: list[bool] = []  # not empty while composite attention runs
 
 
 @contextmanager
@@ -224,9 +227,6 @@ def _attention(
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, needs_sums, dropout_p, is_causal, scale=scale)[0]
 
 
-_in_math: list[bool] = []
-
-
 def _on_paper(x: Any) -> paper.Tensor:
     """A tensor as planner/attention.py knows it; `merged` where the heads of a token lie side by side."""
     tensor = paper.Tensor(None, tuple(x.shape), _SHORT[x.dtype])
@@ -269,17 +269,11 @@ def _flash_attn() -> dict[str, types.ModuleType]:
 def _instead(on: Device) -> dict[Any, Any]:
     """What runs in the place of an op: `instead[op](storages, op, args, kwargs)`."""
     found: dict[Any, Any] = {
-        op: partial(_attention_op, kernel, on, bool(backward))
-        for kernel, ops in {
-            "cudnn": (aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_cudnn_attention_backward),
-            "flash": (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward),
-            "efficient": (
-                aten._scaled_dot_product_efficient_attention,
-                aten._scaled_dot_product_efficient_attention_backward,
-            ),
-        }.items()
-        for backward, packet in enumerate(ops)
-        for op in (packet.default,)
+        getattr(aten, f"_scaled_dot_product_{kernel}_attention{'_backward' * backward}").default: partial(
+            _attention_op, kernel, on, backward
+        )
+        for kernel in ("cudnn", "flash", "efficient")
+        for backward in (False, True)
     }
     found[aten.lift_fresh.default] = _from_numbers
     products = _Products(on)
@@ -421,7 +415,7 @@ class _Products:
         with_bias, thread = op is aten.addmm.default, storages.backward
         if self.workspace_bytes and (with_bias, thread) not in self.had:
             self.had.add((with_bias, thread))
-            storages.keep(CUBLASLT_BYTES if with_bias else self.workspace_bytes, WORKSPACE)
+            storages.keep(_CUBLASLT_BYTES if with_bias else self.workspace_bytes, WORKSPACE)
         out = storages.run(op, args, kwargs)
         copies = [x.numel() * x.element_size() for x in args[-2:] if _needs_copy(x)]
         made = [(2 * i, nbytes, "operand, copied for cuBLAS") for i, nbytes in enumerate(copies)]
@@ -433,9 +427,6 @@ def _needs_copy(x: Any) -> bool:
     rows, columns = x.shape[-2:]
     down, across = x.stride()[-2:]
     return not ((across == 1 and down >= max(1, columns)) or (down == 1 and across >= max(1, rows)))
-
-
-WORKSPACE = "cuBLAS workspace"
 
 
 def _attention_op(kernel: str, on: Device, backward: bool, storages: Storages, op: Any, args: Any, kwargs: Any) -> Any:

@@ -38,15 +38,13 @@ SMALL = {
     "max_position_embeddings": 2048,
 }
 LEARNED = {
-    "torch": "2.15.0+cu130",  # what is planned where nothing is installed
+    "stack": {"torch": "2.15.0+cu130"},  # what is planned where nothing is installed
     "problem": "",
     "name": "NVIDIA H200",
     "uuid": "uuid",
     "capability": [9, 0],
     "multiprocessors": 132,
     "total_bytes": 143_156 * MIB,
-    "free_bytes": 142_000 * MIB,
-    "bf16": True,
     "bitsandbytes": "",
     "workspace_bytes": 32 * MIB,
     "kernel": "cudnn",
@@ -250,6 +248,102 @@ def test_zero_needs_deepspeed(
     assert run(config, *options, "--parallel", "fsdp") == 0
 
 
+def test_a_run_that_breaks_leaves_the_others(
+    gpu: Callable[..., PlayedRunner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Which rank, what, in a sentence of its own; the others go on."""
+    nccl = (
+        "DistBackendError: NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error "
+        "(run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5"
+    )
+    started = 0
+
+    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
+        nonlocal started
+        started += 1
+        if started == 2:
+            return Outcome("failed", None, f"rank 1: {nccl}", 9.0)
+        if started == 3:
+            return Outcome("ok", [measured(case) | {"outcome": "out_of_memory", "reason": "in step 2"}, {}], "", 1.0)
+        return Outcome("ok", [measured(case)] * num_gpus, "", 1.0)
+
+    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    gpu()
+    monkeypatch.chdir(tmp_path)  # a path in a note may be as long as it likes
+    asked = ("--num-gpus", "2", "--parallel", "fsdp", "--output", "runs.jsonl")
+    assert run(*asked) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "Runs on 2 GPUs: peaks in GiB" in out
+    assert started == len(probe_cases._table()["several"])
+    told = " ".join(out.partition("Why runs ended early\n")[2].partition("\n\n")[0].split())
+    assert told == f"2 rank 1: {nccl} 3 rank 0: in step 2"
+    assert f"{started - 2} of {started - 1} runs as planned; " in out
+    started = 0
+    assert run(*asked, "--json") == 1
+    probes = [each["probe"] for each in json.loads(capsys.readouterr().out)["runs"]]
+    assert [each["outcome"] for each in probes[:4]] == ["ok", "failed", "out_of_memory", "ok"]
+    assert (probes[1]["reason"], probes[2]["reason"]) == (f"rank 1: {nccl}", "rank 0: in step 2")
+
+
+def test_one_gpu_is_not_several(
+    gpu: Callable[..., PlayedRunner], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "runs.jsonl"
+    runs = []
+    for asked in ((), ("--num-gpus", "1"), ("--num-gpus", "1", "--parallel", "none")):
+        runner = gpu()
+        assert run("--memory-limit", "8GiB", *asked, "--output", str(output)) == 0
+        assert "Calibration of this GPU, kept for later plans" in capsys.readouterr().out
+        runs.append(runner.asked)
+    assert runs[0] == runs[1] == runs[2]
+    assert probing.budget_s(None, {"num_gpus": 1}, quick=False, full=False) == probing.BUDGET_S
+    assert probing.budget_s(None, {"num_gpus": "2"}, quick=False, full=False) == probing.SEVERAL_S
+
+
+def test_a_grid_for_several_gpus_that_has_no_such_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look(*_: object) -> None:
+        raise AssertionError("a wrong question is answered before anything is imported")
+
+    monkeypatch.setattr(probing, "Runner", look)
+    monkeypatch.setattr(probing, "find_spec", look)
+    for way in ("zero1", "none"):
+        assert run("--full", "--num-gpus", "2", "--parallel", way) == 2
+        said = f"--full has no runs with parallel '{way}'; choose --parallel fsdp, ddp or zero3, or leave out --full"
+        assert capsys.readouterr().err == f"vramplan: {said}\n"
+    assert run("--full", "--num-gpus", "2", "--parallel", "ddp", "--cpu-offload") == 2
+    assert "cpu_offload belongs to fsdp and zero, and parallel is ddp; add --parallel fsdp" in capsys.readouterr().err
+
+
+def test_a_grid_in_host_memory(
+    gpu: Callable[..., PlayedRunner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its runs that can be offloaded, each shared in its own way."""
+    asked: list[dict[str, Any]] = []
+
+    def launch(case: dict[str, Any], num_gpus: int, timeout_s: float) -> Outcome:
+        asked.append(case["options"])
+        return Outcome("ok", [measured(case)] * num_gpus, "", 1.0)
+
+    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(probe_gpu, "count", lambda: 2)
+    monkeypatch.setattr(probe_cases, "find_spec", lambda _: True)
+    grid = {
+        "models": ["qwen2.5-0.5b"],
+        "settings": [{"method": "full", "seq_len": 512, "parallel": way} for way in ("ddp", "fsdp", "zero3")],
+    }
+    monkeypatch.setattr(probe_cases, "_table", lambda: {"several_full": [grid]})
+    gpu()
+    assert run("--full", "--num-gpus", "2", "--cpu-offload", "--output", str(tmp_path / "runs.jsonl")) == 0
+    assert [(each["parallel"], each["cpu_offload"]) for each in asked] == [("fsdp", True), ("zero3", True)]
+
+
 def test_without_a_model_several_gpus_share_the_bundled_runs(
     gpu: Callable[..., PlayedRunner],
     tmp_path: Path,
@@ -271,7 +365,8 @@ def test_without_a_model_several_gpus_share_the_bundled_runs(
     assert {(case["options"]["num_gpus"], case["options"]["parallel"]) for case in asked} == {(4, "ddp")}
     out = capsys.readouterr().out
     assert f"{len(asked)} of {len(asked)} runs as planned" in out
-    assert "4 GPUs, ddp" in out
+    assert "Runs on 4 GPUs: peaks in GiB" in out
+    assert "qwen2.5-0.5b full 1 x 2048, ddp\n" in out
     assert not list((tmp_path / "data").glob("calibrations/*"))  # nothing is learnt from them
 
 
@@ -301,6 +396,7 @@ def test_one_gpu_stands_for_all(
     rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in out.splitlines()}
     assert rows["CUDA context"] == ["0", "%"]
     assert rows["device total"] == ["-", "-"]
+    assert "one GPU stood for all: neither NCCL's memory" in out
     assert "Every GPU" not in out
     line = json.loads(output.read_text())
     assert line["alone"] is True
@@ -336,17 +432,20 @@ def test_zero_takes_gradients_away_within_backward(gpu: Callable[..., PlayedRunn
 
 
 def test_what_ranks_wrote(tmp_path: Path) -> None:
-    def write(rank: int, answer: dict[str, Any]) -> None:
-        (tmp_path / f"rank{rank}.json").write_text(json.dumps(answer))
+    def write(rank: int, at: float, **ended: Any) -> None:
+        (tmp_path / f"rank{rank}.json").write_text(json.dumps(ended | {"at": at}))
 
     good = {"outcome": "ok", "reason": "", "peak_allocated_bytes": 5, "peak_reserved_bytes": 8, "step_s": 0.5}
-    write(0, good)
-    assert ranks._answers(tmp_path, 2) == ("crashed", None, "rank 1 gave no answer")
-    write(1, {"error": "RuntimeError: NCCL", "at": 2.0})
-    write(0, {"error": "ValueError: first", "at": 1.0})
+    write(0, 1.0, answer=good)
+    assert ranks._answers(tmp_path, 2) == ("crashed", None, "")
+    write(1, 2.0, error="RuntimeError: NCCL")
+    write(0, 1.0, error="ValueError: first")
     assert ranks._answers(tmp_path, 2) == ("failed", None, "rank 0: ValueError: first")
-    write(0, good)
-    write(1, good | {"peak_reserved_bytes": 9, "step_s": 0.25})
+    ran_out = {"outcome": "out_of_memory", "reason": "in step 1"}
+    write(0, 1.0, answer=ran_out)  # for which rank 1 waited in vain
+    assert ranks._answers(tmp_path, 2) == ("ok", [ran_out, {}], "")
+    write(0, 1.0, answer=good)
+    write(1, 1.0, answer=good | {"peak_reserved_bytes": 9, "step_s": 0.25})
     outcome, answers, _ = ranks._answers(tmp_path, 2)
     assert outcome == "ok"
     assert answers is not None
@@ -765,6 +864,19 @@ def test_nvml_that_does_not_tell_the_memory(
     assert "NVML does not tell this GPU's memory" in capsys.readouterr().out
 
 
+def test_others_memory_of_a_driver_that_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old one counts its own share as used, which CUDA's total leaves out."""
+    seen: probe_gpu.Memory | None = None
+    monkeypatch.setattr(probe_gpu, "memory", lambda _: seen)
+    assert probe_gpu.others_bytes("uuid", 78 * GIB) == 0
+    seen = probe_gpu.Memory(80 * GIB, 5 * GIB, 4 * GIB)
+    assert probe_gpu.others_bytes("uuid", 78 * GIB) == 4 * GIB
+    seen = probe_gpu.Memory(80 * GIB, 5 * GIB, None)
+    assert probe_gpu.others_bytes("uuid", 78 * GIB) == 3 * GIB
+    seen = probe_gpu.Memory(80 * GIB, GIB, None)
+    assert probe_gpu.others_bytes("uuid", 78 * GIB) == 0
+
+
 def test_a_mig_slice_is_said(
     gpu: Callable[..., PlayedRunner], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -962,8 +1074,10 @@ Runs: peaks in GiB as measured, and how far the plan is off
 1       0.10  1.00      1.50  0.00    0.125  llama LoRA 1 x 256
 2          -     -         -     -        -  llama LoRA 99 x 2048: ran out of
                                              memory as planned
-3          -     -         -     -        -  llama LoRA 1 x 256: timeout (it was
-                                             stopped after 9 s)
+3          -     -         -     -        -  llama LoRA 1 x 256: timeout
+
+Why runs ended early
+3  it was stopped after 9 s
 
 How far the plan is off in the rest, percent
    weights  adapter  gradients  optimizer  activations  context  device

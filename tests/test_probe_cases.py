@@ -27,7 +27,7 @@ SMALL = {
 
 
 def bundled(machine: Machine, limit_bytes: int | None = None) -> list[Case]:
-    asked, notes = probe_cases.bundled(machine, grid=False)
+    asked, notes = probe_cases.possible(probe_cases.bundled(grid=False, sharing={}), machine)
     assert not notes
     return list(probe_cases.fitting(asked, machine, limit_bytes))
 
@@ -92,7 +92,7 @@ def test_the_grid_is_larger_and_has_no_run_twice(monkeypatch: pytest.MonkeyPatch
     }
     table["full"]["settings"][1]["seq_len"] = 256
     monkeypatch.setattr(probe_cases, "_table", lambda: table)
-    asked, _ = probe_cases.bundled(H200, grid=True)
+    asked, _ = probe_cases.possible(probe_cases.bundled(grid=True, sharing={}), H200)
     ids = [case.id for case in probe_cases.fitting(asked, H200, None)]
     assert ids == [
         "gpt2-method=full-seq_len=256",
@@ -106,24 +106,25 @@ def test_the_grid_for_several_gpus_has_its_own_ways_to_share(monkeypatch: pytest
     monkeypatch.setattr(probe_cases, "find_spec", lambda _: True)
 
     def ways(**sharing: object) -> set[tuple[str, int]]:
-        asked, notes = probe_cases.bundled(H200, grid=True, sharing=sharing)
+        asked, notes = probe_cases.possible(probe_cases.bundled(grid=True, sharing=sharing), H200)
         assert not notes
         return {(each["options"]["parallel"], each["options"]["num_gpus"]) for each in asked}
 
     assert ways(num_gpus=4) == {("fsdp", 4), ("ddp", 4), ("zero3", 4)}
     assert ways(num_gpus=8, parallel="ddp") == {("ddp", 8)}
     assert ways(num_gpus=8, cpu_offload=True) == {("fsdp", 8), ("zero3", 8)}
-    asked, _ = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 8})
+    assert ways(num_gpus=8, reshard_after_forward=False) == {("fsdp", 8)}
+    asked, _ = probe_cases.possible(probe_cases.bundled(grid=True, sharing={"num_gpus": 8}), H200)
     cases = list(probe_cases.fitting(asked, H200, None))
     assert len(cases) == len(asked) == 21
     # of what four hold two runs of 70B are too much
-    fewer, _ = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 4})
+    fewer, _ = probe_cases.possible(probe_cases.bundled(grid=True, sharing={"num_gpus": 4}), H200)
     assert len(list(probe_cases.fitting(fewer, H200, None))) == 19
 
 
 def test_without_deepspeed_its_runs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_cases, "find_spec", lambda _: None)
-    asked, notes = probe_cases.bundled(H200, grid=True, sharing={"num_gpus": 8})
+    asked, notes = probe_cases.possible(probe_cases.bundled(grid=True, sharing={"num_gpus": 8}), H200)
     assert notes == ["deepspeed is not installed; runs that need it are left out"]
     assert len(asked) == 20
 
@@ -141,7 +142,7 @@ def test_every_bundled_run_can_be_planned() -> None:
 def test_without_bf16_everything_is_fp16() -> None:
     machine = of_size(15)
     machine = replace(machine, name="Tesla T4", card=replace(machine.card, bf16=False))
-    asked, notes = probe_cases.bundled(machine, grid=True)
+    asked, notes = probe_cases.possible(probe_cases.bundled(grid=True, sharing={}), machine)
     assert notes == ["Tesla T4 has no bf16, so everything is run in fp16"]
     by_method = {each["options"]["method"]: each["options"] for each in asked}
     assert {each["options"]["mixed_precision"] for each in asked} == {"fp16"}
@@ -155,9 +156,20 @@ def test_without_bf16_everything_is_fp16() -> None:
         assert "bf16" not in case.options.values()
 
 
+def test_without_bf16_zero_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's fp16 is not planned."""
+    monkeypatch.setattr(probe_cases, "find_spec", lambda _: True)
+    machine = replace(H200, name="Tesla V100", card=replace(H200.card, bf16=False))
+    asked, notes = probe_cases.possible(probe_cases.bundled(grid=True, sharing={"num_gpus": 4}), machine)
+    assert {each["options"]["parallel"] for each in asked} == {"fsdp", "ddp"}
+    assert notes[-1] == "runs that cannot be in fp16 are left out"
+    with pytest.raises(UsageError, match=r"^mixed_precision fp16 is not planned under zero2: .*; choose"):
+        probe_cases.possible(probe_cases.bundled(grid=False, sharing={"num_gpus": 4, "parallel": "zero2"}), machine)
+
+
 def test_without_bitsandbytes_nothing_is_quantised() -> None:
     machine = replace(H200, bitsandbytes="bitsandbytes does not work with this CUDA")
-    asked, notes = probe_cases.bundled(machine, grid=True)
+    asked, notes = probe_cases.possible(probe_cases.bundled(grid=True, sharing={}), machine)
     assert {each["options"]["method"] for each in asked} == {"lora", "full"}
     assert not [each for each in asked if "8bit" in each["options"].get("optimizer", "")]
     assert notes[0].startswith("bitsandbytes does not work with this CUDA; runs that need it")

@@ -214,6 +214,24 @@ def test_what_the_device_holds_at_the_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert measure._device(asked) == whole | {"device_used_bytes": None, "retries": 2}
 
 
+def test_a_rank_measures_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what others hold of that one, which an old driver does not tell apart from its own share."""
+    from types import SimpleNamespace
+
+    from vramplan.probes import probe_gpu, ranks
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"gpu {i}", total_memory=78 * 2**30)
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(measure, "measure", lambda case: case)
+    seen = {"gpu 1": probe_gpu.Memory(80 * 2**30, 5 * 2**30, None)}
+    monkeypatch.setattr(probe_gpu, "memory", seen.get)
+    found = ranks._measure({"record": True, "uuid": "gpu 0", "others_bytes": 0}, rank=1)
+    assert found == {"record": False, "uuid": "gpu 1", "others_bytes": 3 * 2**30}
+
+
 @pytest.mark.parametrize(
     ("error", "marks", "said"),
     [
