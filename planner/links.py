@@ -2,8 +2,9 @@
 
 A ring over all GPUs is as fast as its slowest link. Beyond one host NCCL runs a ring through each of a host's network
 cards, so all of them carry the traffic of each GPU together: what leaves a host is shared by as many cards as it has.
-Each collective besides takes a step from GPU to GPU for each of them, by NCCL's own figures (nccl, src/graph/tuning.cc,
-ncclTopoTuneModel): what it gathers or scatters goes round a ring, and sums over several hosts go up and down a tree.
+Each collective besides takes its time to begin, and a step from GPU to GPU for each of them, by NCCL's own figures
+(nccl, src/graph/tuning.cc, ncclTopoTuneModel): what is gathered or scattered goes round a ring, and sums over several
+hosts go up and down a tree.
 
 Measured are two H200s; `assumed` says what was taken where nothing was.
 """
@@ -27,9 +28,12 @@ _WIRE = (0.7, 0.9, 0.4)  # the same of PCIe and of a network: assumed
 PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
 _CARD_PER_S = {3: 12.5e9, 4: 25e9, 5: 50e9, 6: 100e9}
 _ONE_CARD_PER_S = 12.5e9  # of a whole host without NVLink between its GPUs: 100 Gb/s, as such instances are let
-# Microseconds: at the beginning, for a step over NVLink, PCIe and a network; protocols LL128 and Simple.
-_RING = ((14.0, 1.9, 2.5, 4.0), (8.4, 3.4, 5.7, 14.0))
-_TREE = ((14.0, 1.25, 1.9, 8.5), (8.4, 4.0, 4.0, 14.0))
+# Microseconds to begin: all_gather and reduce_scatter of 1 to 64 MiB took 32 to 62 more than their bytes do at that
+# share (tables/sharing_times.json); the fast end is NCCL's own figure.
+_START = (40.0, 14.0, 62.0)
+# Microseconds of a step over NVLink, PCIe and a network, by protocol: LL128, and at the slow end Simple.
+_RING = ((1.9, 2.5, 4.0), (3.4, 5.7, 14.0))
+_TREE = ((1.25, 1.9, 8.5), (4.0, 4.0, 14.0))
 
 
 class Link(NamedTuple):
@@ -68,14 +72,12 @@ def links(gpu: Gpu, num_gpus: int) -> tuple[Link, Link, Link]:
             per_s = math.inf
         if hosts > 1:
             per_s = min(per_s, _WIRE[i] * _network_per_s(gpu))
-        start, *steps = _RING[protocol]
-        inside, between = steps[0 if by_nvlink else 1], steps[2]
-        ring = start + (num_gpus - hosts) * inside + (hosts - 1) * between
-        twice = start + 2 * (ring - start)
-        start, *steps = _TREE[protocol]
-        inside, between = steps[0 if by_nvlink else 1], steps[2]
-        tree = start + 2 * ((here - 1) * inside + math.ceil(math.log2(hosts)) * between)
-        made.append(Link(per_s, ring * 1e-6, min(twice, tree) * 1e-6))
+        by = 0 if by_nvlink else 1
+        inside, between = _RING[protocol][by], _RING[protocol][2]
+        ring = (num_gpus - hosts) * inside + (hosts - 1) * between
+        inside, between = _TREE[protocol][by], _TREE[protocol][2]
+        tree = 2 * ((here - 1) * inside + math.ceil(math.log2(hosts)) * between)
+        made.append(Link(per_s, (_START[i] + ring) * 1e-6, (_START[i] + min(2 * ring, tree)) * 1e-6))
     middle, fast, slow = made
     return middle, fast, slow
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+from pathlib import Path
+
 import pytest
 
 from vramplan import plan
 from vramplan.planner import catalog
+from vramplan.planner import links as links_module
 from vramplan.planner.links import assumed, host_gpus, links
 
 GB = 1e9
@@ -48,13 +53,29 @@ def test_more_gpus_are_never_joined_better(card: catalog.Gpu) -> None:
 
 
 def test_latencies_by_hand() -> None:
-    """LL128: 14 to begin, 1.9 a step over NVLink, 4.0 over a network; 16 GPUs in 2 hosts have 14 and 1 of these."""
+    """40 to begin, 1.9 a step over NVLink, 4.0 over a network; 16 GPUs in 2 hosts have 14 and 1 of these."""
     (one, *_), (two, *_) = links(catalog.gpu("h200"), 8), links(catalog.gpu("h200"), 16)
-    assert one.gather_s == pytest.approx(27.3e-6)
-    assert one.sum_s == pytest.approx(min(14 + 14 * 1.9, 14 + 2 * 7 * 1.25) * 1e-6)
-    assert two.gather_s == pytest.approx((14 + 14 * 1.9 + 4.0) * 1e-6)
-    assert two.sum_s == pytest.approx((14 + 2 * (7 * 1.25 + 8.5)) * 1e-6)
+    assert one.gather_s == pytest.approx((40 + 7 * 1.9) * 1e-6)
+    assert one.sum_s == pytest.approx((40 + min(14 * 1.9, 2 * 7 * 1.25)) * 1e-6)
+    assert two.gather_s == pytest.approx((40 + 14 * 1.9 + 4.0) * 1e-6)
+    assert two.sum_s == pytest.approx((40 + 2 * (7 * 1.25 + 8.5)) * 1e-6)
     assert links(catalog.gpu("h200"), 1)[0] == (float("inf"), 0, 0)
+
+
+def test_what_collectives_reach_is_what_was_timed() -> None:
+    file = Path(links_module.__file__).parents[1] / "tables" / "sharing_times.json"
+    timed = [
+        each
+        for each in json.loads(file.read_text(encoding="utf-8"))["collectives"]
+        if each["collective"] != "all_reduce"
+    ]
+    middle, fast, slow = links(catalog.gpu("h200"), 2)
+    large = [each["link_bytes"] / each["s"] for each in timed if each["link_bytes"] >= 2**28]
+    assert statistics.mean(large) == pytest.approx(middle.per_s, rel=0.02)
+    start = [each["s"] - each["link_bytes"] / middle.per_s for each in timed if each["link_bytes"] < 2**28]
+    assert statistics.median(start) == pytest.approx(middle.gather_s, rel=0.06)
+    assert fast.gather_s < min(start)
+    assert max(start) < slow.gather_s
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,10 @@ def test_what_hooks_take_is_what_was_timed() -> None:
         assert first == pytest.approx(start, rel=0.01)
         assert each == pytest.approx(slope, rel=0.03)
     assert pytest.approx(statistics.mean(updates), rel=0.02) == throughput._DTENSOR_S
+    assert (round(min(updates), 6), round(max(updates), 6)) == (14e-6, 30e-6)
+    shared = [each["step_s"]["median"] / each["step_s"]["least"] for each in steps if each["parallel"] != "none"]
+    assert statistics.median(shared) == pytest.approx(throughput._SEVERAL_HOSTS, abs=0.005)
+    assert (round(min(shared), 2), round(max(shared), 2)) == (1.05, 1.32)
 
 
 # --- CPU offload -----------------------------------------------------------------------------------------------------
