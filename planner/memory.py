@@ -220,7 +220,7 @@ def estimate(
     """
     run = run or run_of(architecture, options, on, counts)
     allocator = _allocator(run, options, limit_bytes)
-    sources = SOURCES | TRAINERS[options.trainer].sources
+    sources = SOURCES | TRAINERS[options.trainer].sources | dict(run.sharing.sources if run.sharing else {})
     made = replay(run, options, on, sources, limit_bytes, allocator)
     steps = Phase(
         "training", "", made.peak_allocated_bytes, made.peak_reserved_bytes, made.peak_phase, made.components,
@@ -468,8 +468,11 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
     if run.sharing is not None:
         notes += run.sharing.notes(run)
         nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
-        if measured != options.num_gpus or on.gpu is None or on.gpu.name != "h200":
+        groups = nccl - nccl_bytes(options.num_gpus)[0]
+        if groups or measured != options.num_gpus or on.gpu is None or on.gpu.name != "h200":
+            own = f", {units.format_gib(groups)} of it DeepSpeed's own, as in one run of ZeRO 2" if groups else ""
             notes.append(
-                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} H200s"
+                f"NCCL's buffers are counted with {units.format_gib(nccl)} on each GPU, as measured on {measured} "
+                f"H200s{own}"
             )
     return tuple(notes)

@@ -285,7 +285,7 @@ def _costs(plan: Plan, costs: Sequence[Cost]) -> Block:
     rows = [Row(("$", "hours", "", "kWh", "GPU", "offer"), "dim")]
     for each in shown:
         span = f"{short(each.hours_low)}-{short(each.hours_high)}"
-        kwh = "" if each.kwh is None else f"{each.kwh:.1f}"
+        kwh = "" if each.kwh is None else short(each.kwh)
         by = offered(each) + (", the fastest" if each is fastest and each.hours < shown[0].hours else "")
         rows.append(
             Row((f"{each.usd:.2f}", short(each.hours), span, kwh, gpus_in_use(each.offer.gpu, each.num_gpus), by))
@@ -306,7 +306,9 @@ def whole_run(run: TrainingOptions) -> str:
 
 def short(value: float) -> str:
     """Hours or kWh with as many decimals as say something."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    if value >= 1:
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.1g}"
 
 
 def gpus_in_use(gpu: str, num_gpus: int) -> str:

@@ -20,14 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from vramplan.planner import around, loading, optimizer
 from vramplan.planner.paper import ITEMSIZE, Parameter, Shape
 from vramplan.planner.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from vramplan.planner.blocks import Held, Settings
     from vramplan.planner.layers import Module
@@ -51,6 +51,7 @@ class Sharing(Protocol):
     """How several GPUs share a run."""
 
     ranks: int
+    sources: ClassVar[Mapping[str, str]]  # what rows of the breakdown stand on, where it is not what it is on one GPU
 
     def played(self, s: Settings) -> Settings:
         """The settings by which each rank's ops run."""
@@ -91,13 +92,28 @@ def rows_of(rows: int, ranks: int, rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One parameter: its whole shape, the dtype that its shards are held in, and the dtype in which it is gathered."""
+    """One parameter: its whole shape, the dtype that its shards are held in, and the dtype in which it is gathered.
+
+    `quantised`: they are pairs of 4-bit weights, stored as numbers of that dtype.
+    """
 
     name: str
     shape: Shape
     dtype: str
     gathered: str
     trained: bool
+    quantised: bool = False
+
+    @property
+    def kept(self) -> str:
+        """What a shard of it is called."""
+        return f"shard, {'4 bit' if self.quantised else self.dtype}"
+
+    def part(self, method: str) -> str:
+        """The row of the breakdown in which its shards count."""
+        if self.quantised:
+            return "weights, 4 bit"
+        return "adapter" if self.trained and method != "full" else "weights"
 
     def local(self, ranks: int) -> Shape:
         """The first rank's slice, which all others are padded to (_fsdp_param.py, padded_sharded_param_size)."""
@@ -179,6 +195,8 @@ class Ddp:
     those of the beginning, and outputs are cloned. Else one bucket of each dtype is made first, and after the first
     step they are made anew in the order in which gradients came.
     """
+
+    sources: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, ranks: int, *, find_unused: bool) -> None:
         self.ranks, self.find_unused = ranks, find_unused
@@ -291,6 +309,13 @@ def alive_in_order(events: Iterable[int]) -> list[int]:
 class Fsdp:
     """FSDP2 over `ranks` GPUs, as accelerate prepares a model for the Trainer (fsdp2_prepare_model)."""
 
+    sources: ClassVar[Mapping[str, str]] = {
+        "weights": "torch, fully_shard: of each of the config's tensors rank 0's slice, in the dtype it is held in",
+        "weights, 4 bit": "bitsandbytes, NF4: rank 0's slice of the packed weights, and the absmax of all",
+        "adapter": "torch, fully_shard: rank 0's slice of PEFT's A and B",
+        "gradients": "torch, fully_shard: rank 0's slice of the sums, in the trained weights' dtype; before, whole",
+    }
+
     def __init__(self, ranks: int, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
         self.ranks = ranks
         self.reshard_after_forward = reshard_after_forward
@@ -355,8 +380,7 @@ class Fsdp:
                 ]
                 events += [2 * i for i in moved]
             for share, nbytes in zip(unit.shares, unit.shards(self.ranks), strict=True):
-                part = "adapter" if share.trained and run.loaded.method != "full" else "weights"
-                shard = program.new(nbytes, f"shard, {share.dtype}", part, share.name)
+                shard = program.new(nbytes, share.kept, share.part(run.loaded.method), share.name)
                 events += [2 * shard, *([2 * shard + 1] if self.cpu_offload else [])]
             for i in moved:  # fsdp2_prepare_model has names for the embedding's and the head's weight until it returns
                 (gone if program.scopes[i] in tables else events).append(2 * i + 1)
@@ -483,7 +507,7 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
         if quantised and weight.name == "weight":
             storage = low or s.weights_dtype
             packed = -(-weight.numel // 2) // ITEMSIZE[storage]  # two weights a byte, stored as numbers of that dtype
-            found.append(Share(name, (packed, 1), storage, storage, False))
+            found.append(Share(name, (packed, 1), storage, storage, False, True))
         else:
             dtype = weight.dtype(own)
             found.append(Share(name, weight.shape, dtype, low or dtype, full))

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vramplan.planner import loading, optimizer
 from vramplan.planner.paper import ITEMSIZE, Parameter
@@ -122,6 +122,12 @@ class Zero:
     that its part touches. Stage 2 copies each gradient as it comes, stage 1 all of them once the last micro-step is
     done: until then they are whole.
     """
+
+    sources: ClassVar[Mapping[str, str]] = {
+        "weights": "the config's tensors, cast by DeepSpeed's engine; what is trained of them is flat",
+        "adapter": "PEFT's A and B, cast by DeepSpeed's engine, and flat",
+        "gradients": "deepspeed, stage_1_and_2.py: those of the parameters that this rank's part touches",
+    }
 
     def __init__(self, ranks: int, stage: int, *, cpu_offload: bool = False) -> None:
         self.ranks, self.stage, self.cpu_offload = ranks, stage, cpu_offload
@@ -345,6 +351,13 @@ class Zero3(Zero):
     Gradients are added up as under ZeRO 2, from a bucket that is always there into a buffer for all of them.
     """
 
+    sources: ClassVar[Mapping[str, str]] = {
+        "weights": "deepspeed, partition_parameters.py: this rank's part of each tensor, small ones whole",
+        "weights, 4 bit": "bitsandbytes, NF4: this rank's part of the packed weights, and the absmax of all",
+        "adapter": "deepspeed, partition_parameters.py: this rank's part of PEFT's A and B, small ones whole",
+        "gradients": "deepspeed, stage3.py: this rank's part of the sums, for all parameters",
+    }
+
     def __init__(self, ranks: int, *, cpu_offload: bool = False) -> None:
         super().__init__(ranks, 3, cpu_offload=cpu_offload)
         self._units: Units | None = None
@@ -433,11 +446,9 @@ class Zero3(Zero):
         events: list[int] = []
         for share in (share for unit in self.units(run).all for share in unit.shares):
             added = share.trained and run.loaded.method != "full"
-            part, size = "adapter" if added else "weights", prod(share.shape)
+            part, size = share.part(run.loaded.method), prod(share.shape)
             whole = program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
-            shard = program.new(
-                -(-size // self.ranks) * ITEMSIZE[share.dtype], f"shard, {share.dtype}", part, share.name
-            )
+            shard = program.new(-(-size // self.ranks) * ITEMSIZE[share.dtype], share.kept, part, share.name)
             parted = [*([] if self.cpu_offload else [2 * shard]), *([2 * whole + 1] if size > PERSISTENT else [])]
             if added and not quantised:  # PEFT makes an adapter whole, and the engine partitions it
                 adapter.append(2 * whole)

@@ -6,10 +6,12 @@ numbers and the libraries' lines alone, and has to equal the plan's tensors to t
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import os
 import re
+import sys
 from collections import Counter
 from functools import cache
 from math import prod
@@ -20,8 +22,9 @@ from test_measured import ALONE, BOUNDARIES, FOUR, KNOWN, OTHERS, PHASES, PROBED
 from test_readme import AS_OF, ROOT
 from test_throughput import published_errors
 
+import vramplan
 from vramplan import plan
-from vramplan.planner import catalog, memory, prices, report_plots, report_table, stack, training, verify
+from vramplan.planner import catalog, memory, prices, report, report_plots, report_table, stack, training, verify
 from vramplan.planner.allocator import Allocator, block_bytes
 from vramplan.planner.families import FAMILIES
 from vramplan.planner.table import table as make_table
@@ -511,6 +514,47 @@ def scaling_table() -> str:
     return table(head, rows)
 
 
+class Pair(NamedTuple):
+    """A run that was measured on all its GPUs, and with one GPU that stood for all."""
+
+    on_all: Score
+    alone: Score
+
+    def differs(self, figure: str) -> float:
+        """By which share of the first figure the second is larger."""
+        first, second = (each.run.figures[figure] for each in self)
+        return second / first - 1
+
+
+@cache
+def pairs() -> list[Pair]:
+    """Each run of one GPU for all that was also measured on all, beside the one that was."""
+
+    def run(each: Score) -> tuple[Any, ...]:
+        said = training.OPTIONS.keys() - {"examples", "tokens_per_example", "epochs", "lora_alpha", "phases"}
+        options = training.parse_options(each.run.options).as_dict()
+        shape = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")
+        return *(each.run.config.get(name) for name in shape), *(str(options[name]) for name in sorted(said))
+
+    on_all = {run(each): each for each in of(TWO, FOUR, TWO_PROBED) if each.run.outcome == "ok"}
+    return [Pair(on_all[run(each)], each) for each in of(ALONE) if run(each) in on_all]
+
+
+def pairs_table() -> str:
+    rows = []
+    for pair in pairs():
+        options = training.parse_options(pair.alone.run.options)
+        model = next(m.name for m in sorted(catalog.models(), key=lambda m: -len(m.name))
+                     if pair.alone.run.id.startswith(f"{m.name}-"))  # fmt: skip
+        both = [
+            cell
+            for figure in ("allocated", "reserved")
+            for cell in (f"{pair.on_all.run.figures[figure] / GIB:.3f}", f"{pair.differs(figure):+.3%}")
+        ]
+        rows.append((report.brief(model, options), *[c.replace("+0.000%", "same") for c in both]))
+    return table("run | allocated, GiB> | one for all> | reserved, GiB> | one for all>", rows)
+
+
 def predicted_rows() -> list[dict[str, Any]]:
     """What `vramplan probe --num-gpus 4 --full`, and the same with 8, would measure on H200s."""
     found = []
@@ -529,8 +573,10 @@ def predicted_rows() -> list[dict[str, Any]]:
     return found
 
 
-def predicted_file() -> str:
-    return "".join(json.dumps(row) + "\n" for row in predicted_rows())
+def predict(today: datetime.date) -> None:
+    """Writes the predictions anew. They are to be held against runs, so that is done by nothing else."""
+    made = {"predicted": today.isoformat(), "vramplan_version": vramplan.__version__}
+    PREDICTED.write_text("".join(json.dumps(row | made) + "\n" for row in predicted_rows()), "utf-8")
 
 
 def predicted_table() -> str:
@@ -630,7 +676,12 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "time": time_table,
         "covered": covered_table,
     },
-    "several-gpus.md": {"gpus": gpus_table, "scaling": scaling_table, "predicted": predicted_table},
+    "several-gpus.md": {
+        "gpus": gpus_table,
+        "scaling": scaling_table,
+        "pairs": pairs_table,
+        "predicted": predicted_table,
+    },
 }
 # test_measured.py looks at the others: it has planned every run already
 MEASURED = ("accuracy.md", "several-gpus.md")
@@ -673,7 +724,8 @@ def write(page: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["VRAMPLAN_DATA_DIR"] = os.devnull
-    PREDICTED.write_text(predicted_file(), "utf-8")
+    if "--predict" in sys.argv:
+        predict(datetime.date.today())
     for each in BLOCKS:
         write(DOCS / each)
     draw(PICTURE)

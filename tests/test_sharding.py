@@ -329,6 +329,14 @@ def test_what_fsdp_cannot_run_is_refused(options: dict[str, Any], words: str) ->
 # ----------------------------------------------------------------------------------------------- what was said and seen
 
 
+def test_rows_of_a_shared_run_say_whose_slice_they_are() -> None:
+    rows = {part.name: part for part in plan("qwen2.5-0.5b", num_gpus=2, parallel="fsdp", gpu="h200").memory.components}
+    assert "shard, 4 bit" in rows["weights, 4 bit"].formula
+    assert "4 bit" not in rows["weights"].formula
+    for name in ("weights", "weights, 4 bit", "adapter"):
+        assert "rank 0's slice" in rows[name].source
+
+
 def test_two_h200_of_llama_3_1_8b() -> None:
     # measured before any of this was written: allocated / reserved of each GPU in GiB
     seen = {
