@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from test_measured import ALONE, BOUNDARIES, FOUR, KNOWN, OTHERS, PHASES, PROBED, TWO, TWO_PROBED, scores
 from test_readme import AS_OF, ROOT
-from test_throughput import published_errors
+from test_throughput import published_errors, published_scaling, published_shared
 
 import vramplan
 from vramplan import plan
@@ -366,10 +366,12 @@ def time_table() -> str:
     def step(*names: str) -> list[float]:
         return [each.errors["step"] for each in of(*names) if "step" in each.errors]
 
+    shared = [each.planned / each.published - 1 for each in published_shared()]
     rows = [
         row("one GPU, the settled steps of these runs", step(*ONE_GPU, BOUNDARIES)),
         row("two and four GPUs", step(*MANY)),
-        row("tokens a second that others published for A100s and H100s", published_errors()),
+        row("tokens a second that others published for A100s and H100s, planned on one", published_errors()),
+        row("of these, planned on as many as they had, 8 to 512, under FSDP2", shared),
     ]
     return table("seconds of a step | runs> | median error> | 90th percentile> | worst>", rows)
 
@@ -512,6 +514,21 @@ def scaling_table() -> str:
             rows.append(("" if at else title, p.num_gpus, *sizes, *tokens, p.where))
     head = "run | GPUs> | reserved, planned> | measured> | tokens/s, planned> | measured> | measured on"
     return table(head, rows)
+
+
+def hosts_table() -> str:
+    """What others published of 128 H100s, and of more as a share of that."""
+    rows = []
+    for (model, batch), by_number in published_scaling().items():
+        first = by_number[128]
+        shares = [
+            f"{getattr(by_number[n], what) / getattr(first, what):.1%}"
+            for n in (256, 512)
+            for what in ("published", "planned")
+        ]
+        rows.append((model, batch, format_count(round(first.published)), format_count(round(first.planned)), *shares))
+    head = "model | batch on each | 128 GPUs, published> | planned> | 256, published> | planned>"
+    return table(f"{head} | 512, published> | planned>", rows)
 
 
 class Pair(NamedTuple):
@@ -680,6 +697,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "gpus": gpus_table,
         "scaling": scaling_table,
         "pairs": pairs_table,
+        "hosts": hosts_table,
         "predicted": predicted_table,
     },
 }

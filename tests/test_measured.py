@@ -179,7 +179,7 @@ def test_the_other_phases(phase: str) -> None:
     ("page", "name"),
     [
         *(("accuracy.md", name) for name in ("errors", "methods", "edge", "phases", "time", "covered")),
-        *(("several-gpus.md", name) for name in ("gpus", "scaling", "pairs", "predicted")),
+        *(("several-gpus.md", name) for name in ("gpus", "scaling", "hosts", "pairs", "predicted")),
     ],
 )
 def test_the_pages_of_what_was_measured(page: str, name: str) -> None:

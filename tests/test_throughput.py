@@ -7,7 +7,7 @@ import json
 import statistics
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -257,15 +257,16 @@ PUBLISHED = [
 ]
 
 
-def tokens_per_s(row: dict[str, Any]) -> float:
-    """What is planned for one GPU of a published run; memory is not asked about."""
+def tokens_per_s(row: dict[str, Any], num_gpus: int = 1) -> float:
+    """What is planned for one GPU of a published run, shared by so many; memory is not asked about."""
     card = catalog.gpu(row["gpu"])
     architecture = parse(resolve_model(row["model"]).config)
-    options, _ = settle(parse_options(row["options"]), architecture, card)
+    sharing = {"num_gpus": num_gpus, "parallel": "fsdp"} if num_gpus > 1 else {}
+    options, _ = settle(parse_options(row["options"] | sharing), architecture, card)
     run = memory.run_of(architecture, options, device(card), _count(architecture, options))
     found = throughput.time_of(throughput.work(run), card)
     assert found is not None
-    return found.tokens_per_s
+    return found.tokens_per_s / num_gpus
 
 
 @cache
@@ -281,6 +282,49 @@ def published() -> dict[tuple[str, str], list[tuple[float, float]]]:
 def published_errors() -> list[float]:
     """planned / published - 1 of each run."""
     return [planned / seen - 1 for pairs in published().values() for planned, seen in pairs]
+
+
+class Shared(NamedTuple):
+    """A published run on several GPUs: tokens a second of each, published and planned under FSDP2."""
+
+    name: str
+    gpu: str
+    batch: str
+    num_gpus: int
+    published: float
+    planned: float
+
+
+@cache
+def published_shared() -> list[Shared]:
+    return [
+        Shared(
+            row["name"], row["gpu"], f"{row['options']['batch_size']} x {row['options']['seq_len']:,}",
+            row["num_gpus"], row["tokens_per_s_per_gpu"], tokens_per_s(row, row["num_gpus"]),
+        )
+        for row in PUBLISHED if row.get("num_gpus", 1) > 1
+    ]  # fmt: skip
+
+
+def published_scaling() -> dict[tuple[str, str], dict[int, Shared]]:
+    """The runs on 128, 256 and 512 H100s, by model and batch."""
+    found: dict[tuple[str, str], dict[int, Shared]] = {}
+    for each in published_shared():
+        if each.num_gpus >= 128:
+            found.setdefault((each.name, each.batch), {})[each.num_gpus] = each
+    return found
+
+
+def test_published_runs_on_up_to_512_gpus() -> None:
+    """Another framework's FSDP. What more hosts cost is planned to within 4 % of a GPU's speed."""
+    errors = sorted(abs(each.planned / each.published - 1) for each in published_shared())
+    assert len(errors) == 129
+    assert statistics.median(errors) < 0.12
+    assert len(published_scaling()) == 6
+    for by_number in published_scaling().values():
+        for number in (256, 512):
+            more, first = by_number[number], by_number[128]
+            assert more.planned / first.planned == pytest.approx(more.published / first.published, abs=0.04)
 
 
 def test_published_runs_of_other_frameworks() -> None:
