@@ -650,7 +650,12 @@ def _check_tables(file: str) -> int:
 
 @cli.command(short_help="Plan the run of another framework's config.")
 @click.argument("files", metavar="FILE...", shell_complete=_files, nargs=-1)
-@click.option("--from", "framework", metavar="NAME", help="axolotl, llamafactory, trl or transformers.")
+@click.option(
+    "--from",
+    "framework",
+    metavar="NAME",
+    help="axolotl, llamafactory, trl, transformers, accelerate or deepspeed.",
+)
 @click.option("--ignore", metavar="KEY", multiple=True, help="Plan as if this key were not there.")
 @click.option(
     "--model", metavar="MODEL", shell_complete=_models, help="The model, where FILE names none or another is meant."
@@ -673,15 +678,17 @@ def check(
 ) -> int:
     """Plan the run that a config of another framework describes.
 
-    FILE is a YAML file of axolotl, LLaMA-Factory or trl sft, a training script, or TrainingArguments and an adapter's
-    adapter_config.json as JSON, or the folder that holds both. What was read from which key comes first; keys that
-    change memory and cannot be planned are named. Options on the command line go before the file. Nothing is run.
+    FILE is a YAML file of axolotl, LLaMA-Factory or trl sft, a training script, TrainingArguments and an adapter's
+    adapter_config.json as JSON, or the folder that holds both; or what launches a run on several GPUs, accelerate's
+    YAML or DeepSpeed's JSON. What was read from which key comes first; keys that change memory and cannot be planned
+    are named. Options on the command line go before the file. Nothing is run.
 
     \b
     Examples:
       vramplan check qlora.yml --gpu rtx-4090
       vramplan check trained --seq-len 1024 --explain
       vramplan check train.py --json
+      vramplan check fsdp.yaml --model llama-3.1-8b --gpu h100
 
     Exit codes: 0 planned, and it fits where a GPU was named; 1 it does not fit the named GPU; 2 the question was wrong.
     """
@@ -891,7 +898,7 @@ def probe(
     from vramplan.planner import report, report_probe
     from vramplan.probes import probe as probing
 
-    budget_s = probing.budget_s(model, quick=quick, full=full, several=bool(asked))
+    budget_s = probing.budget_s(model, asked, quick=quick, full=full)
     with report_probe.Progress(budget_s) as progress:
         found = probing.probe(
             model,

@@ -1,7 +1,7 @@
 """A run that another framework's config describes, as options of a plan: each with the key it came from.
 
-`frameworks` holds the keys; here files are read, the framework is found by its keys, and what no plan can follow is
-refused by name.
+`frameworks` and `launchers` hold the keys; here files are read, the framework is found by its keys, and what no plan
+can follow is refused by name.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner.documents import Computed, Document, load
-from vramplan.planner.errors import UsageError, shown, unknown
+from vramplan.planner.errors import UsageError, printable, shown, unknown
 from vramplan.planner.frameworks import (
-    ACCELERATE,
-    FRAMEWORKS,
+    AXOLOTL,
+    LLAMAFACTORY,
     PEFT_DEFAULT,
     PEFT_TARGETS,
     SFT,
     TRANSFORMERS,
+    TRL,
     Framework,
     is_on,
     same,
 )
+from vramplan.planner.launchers import ACCELERATE, DEEPSPEED
 from vramplan.planner.training import OPTIONS, PHASES, read_value, unused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+FRAMEWORKS = {each.name: each for each in (AXOLOTL, LLAMAFACTORY, TRL, TRANSFORMERS, ACCELERATE, DEEPSPEED)}
 
 COMMAND_LINE = "the command line"
 _COMMENT = "the comment of the export"
 _MOST_FILES = 50  # of a folder
+_LONGEST = 100  # characters of a key that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +132,12 @@ def interpret(
 ) -> Reading:
     """The same of a framework's keys and values; `marked` are options that an exported file says beside its keys."""
     asked, marked = dict(asked or {}), dict(marked or {})
+    flat = _flat(values, framework, ignore)
     for key in ignore:
         if key not in values and key not in framework.known:
-            raise unknown("key", key, values, "--ignore")
-    given = {
-        key: value
-        for key, value in values.items()
-        if key not in ignore and (value is not None or key in framework.nullable)
-    }
-    view = {key: value for key, value in framework.defaults.items() if key not in ignore} | given
+            raise unknown("key", key, dict.fromkeys(map(printable, (*values, *flat))), "--ignore")
+    given = {key: value for key, value in flat.items() if value is not None or key in framework.nullable}
+    view = {key: value for key, value in framework.defaults.items() if not _ignored(key, ignore)} | given
     view |= _overridden(framework, asked)
     model = _model(framework, given, marked, asked)
     options, sources = _options(framework, given, view, marked, asked, model)
@@ -155,6 +157,42 @@ def interpret(
         unknown=tuple(_unknown(key, framework) for key in strangers),
         harmless=tuple(sorted(key for key in given if key in framework.harmless and not key.endswith("()"))),
     )
+
+
+def _ignored(key: str, ignore: Collection[str]) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in ignore)
+
+
+def _flat(values: Mapping[str, Any], framework: Framework, ignore: Collection[str]) -> dict[str, Any]:
+    """The keys and values that are not ignored, those below the framework's nested mappings by their paths."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        parent = key.partition(".")[0]
+        if parent != key and parent in framework.nested:
+            raise UsageError(f"{shown(key)} stands there as one key, with a dot; write the keys of {parent} below it")
+        for path, each in _below(key, value, framework, ignore):
+            if path in flat:
+                raise UsageError(f"{printable(path)} stands there twice, with its prefix and without; leave one out")
+            flat[path] = each
+    return flat
+
+
+def _below(path: str, value: Any, framework: Framework, ignore: Collection[str]) -> Iterator[tuple[str, Any]]:
+    if _ignored(path, ignore):
+        return
+    if path not in framework.nested or value is None:
+        yield path, value
+        return
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{path} is {shown(value)}; it must be a mapping: write its keys and values below it, "
+            f"or leave it out by --ignore {path}"
+        )
+    prefix = framework.nested[path]
+    for key, each in value.items():
+        name = (key if isinstance(key, str) else shown(key))[:_LONGEST]
+        full = name if name.startswith(prefix.rstrip("_")) else prefix + name
+        yield from _below(f"{path}.{full}", each, framework, ignore)
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -204,7 +242,8 @@ def _framework(
     if name is not None:
         return _variant(FRAMEWORKS[name], values, kind), ("--from",)
     known = {each.name: each.known for each in FRAMEWORKS.values()}
-    known["transformers"] = SFT.known if kind == "json" else frozenset()  # nobody has these as YAML
+    known["transformers"] = SFT.known if kind == "json" else frozenset()  # nobody has these as YAML,
+    known["deepspeed"] = DEEPSPEED.known if kind == "json" else frozenset()  # nor these
     own: dict[str, list[str]] = {}
     for key in values:
         holders = [each for each, keys in known.items() if key in keys]
@@ -268,9 +307,9 @@ def _options(
     """Every option that the command line, a comment, keys or the framework's defaults decide, and which of these."""
     options: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    method = None
-    for name in OPTIONS:  # the method comes first
-        if method is not None and name in unused(method, "fsdp", PHASES) and name not in asked:
+    for name in OPTIONS:  # the method comes first, and how GPUs share the run before what belongs to that
+        without = unused(options.get("method", "qlora"), options.get("parallel", "fsdp"), PHASES)
+        if name in without and name not in asked:
             continue
         for said, source in ((asked, COMMAND_LINE), (marked, _COMMENT)):
             if said.get(name) is not None:
@@ -280,8 +319,6 @@ def _options(
             value, source = _by_key(name, framework, given, view, model)
             if value is not None:
                 options[name], sources[name] = value, source
-        if name == "method":
-            method = options.get("method")
     return options, sources
 
 
@@ -290,7 +327,7 @@ def _overridden(framework: Framework, asked: Mapping[str, Any]) -> dict[str, Any
     return {
         rule.keys[0]: read_value(OPTIONS[name], asked[name])
         for name, rule in framework.rules.items()
-        if rule.value is same and asked.get(name) is not None
+        if (rule.value is same or rule.stands) and asked.get(name) is not None
     }
 
 
@@ -315,7 +352,8 @@ def _by_key(
             value, source = _peft_targets(model), f"PEFT's default for this model, without {rule.keys[0]}"
         value = None if value is None else read_value(OPTIONS[name], value)
     except UsageError as error:
-        raise UsageError(f"{', '.join(keys) or rule.keys[0]}: {error}") from None
+        where, what = ", ".join(keys) or rule.keys[0], str(error)
+        raise UsageError(what if what.startswith(f"{where} ") else f"{where}: {what}") from None
     if rule.assumed:
         source = f"assumed from {', '.join(map(_label, keys or rule.keys))}"
     return value, source
@@ -348,8 +386,7 @@ def _model(framework: Framework, given: Mapping[str, Any], marked: Mapping[str, 
         )
     if not isinstance(found, str):
         keys = " or ".join(framework.model) or "it"
-        rest = " beside a file that vramplan export made" if framework is ACCELERATE else ""
-        raise UsageError(f"{keys} names no model; name one by --model{rest}")
+        raise UsageError(f"{keys} names no model; name one by --model")
     return found
 
 
@@ -376,7 +413,11 @@ def _unknown(key: str, framework: Framework) -> str:
     from difflib import get_close_matches
 
     matter = {each for rule in framework.rules.values() for each in rule.keys}
-    typed = [each for each in framework.known if each.islower() and not each.endswith("()")]
-    close = get_close_matches(key[:100], sorted(typed), 1, cutoff=0.8)
+    mapping = key.rpartition(".")[0]
+    before = f"{mapping}.{framework.nested[mapping]}" if mapping in framework.nested else ""
+    typed = {each.removeprefix(before) for each in framework.known if each.startswith(before) and each.islower()}
+    typed = {each for each in typed if "." not in each and not each.endswith("()")}
+    found = get_close_matches(key.removeprefix(before)[:_LONGEST], sorted(typed), 1, cutoff=0.8)
+    close = [before + each for each in found]
     meant = f"; {close[0]}{', which decides the plan,' * (close[0] in matter)} may be meant" if close else ""
     return f"{shown(key)} is no key of {framework.title}{meant}"

@@ -27,7 +27,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # an int of thousands of digits, or an object of the caller's whose repr fails
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"something of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
 
 
@@ -56,7 +56,7 @@ def nearest(value: str, names: Iterable[str], n: int = 3) -> list[str]:
 def unknown(what: str, value: object, names: Iterable[str], option: str | None = None) -> UsageError:
     """The error for a name that is not among `names`, with the nearest of them and the option that mends it."""
     known = list(names)
-    close = nearest(str(value), known)
+    close = nearest(value if isinstance(value, str) else shown(value), known)
     if close:
         hint = f"did you mean {' or '.join(close)}?"
     elif len(known) <= 8:

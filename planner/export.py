@@ -19,7 +19,9 @@ from vramplan.planner.configs import interpret
 from vramplan.planner.documents import MARK
 from vramplan.planner.errors import UsageError, printable, reason, shown, unknown
 from vramplan.planner.files import write_text
-from vramplan.planner.frameworks import ACCELERATE, AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
+from vramplan.planner.frameworks import AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
+from vramplan.planner.launchers import ACCELERATE
+from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, flags, parse_options, unused
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def export(plan: Plan, target: str, *, command: str, dataset: str | None = None)
     options, notes = _spelled(plan), []
     for _ in OPTIONS:  # each round settles what the last one found; two are enough so far
         framework, keys = TARGETS[target](options, model)
-        apart = _beside(options) if target == "accelerate" else _apart(options, _read_back(keys, framework))
+        apart = _beside(options, keys) if target == "accelerate" else _apart(options, _read_back(keys, framework))
         adopted = {name: value for name, value in apart.items() if _adopts(target, name, options)}
         if not adopted:
             break
@@ -75,10 +77,11 @@ def export(plan: Plan, target: str, *, command: str, dataset: str | None = None)
     top = [
         f"# vramplan {__version__} made this on {date.today().isoformat()}: {printable(command)}",
         f"# {_run(target, options)}",
-        *(f"# {note}" for note in notes),
+        *(f"# {note}" for note in (*notes, *(_in_script(options) if target == "accelerate" else ()))),
         *([f"{MARK} {marked}"] if marked else []),
     ]
-    body = scripts.script(keys, dataset) if target == "script" else _yaml(keys | _data(target, dataset))
+    said = _accelerate_comments(options) if target == "accelerate" else {}
+    body = scripts.script(keys, dataset) if target == "script" else _yaml(keys | _data(target, dataset), said)
     return Export("\n".join([*top, "", body]), options, tuple(notes))
 
 
@@ -106,7 +109,23 @@ def _run(target: str, options: TrainingOptions) -> str:
     """How to run the file, in the environment that the plan is for."""
     setting = options.expandable_segments
     allocator = "" if target == "script" or setting == (target == "axolotl") else f"{_ALLOCATOR}:{setting} "
-    return f"Run: {allocator}{_RUN[target]}"
+    machines = _machines(options.num_gpus)
+    if machines == 1:
+        return f"Run: {allocator}{_RUN[target]}"
+    each = f"on each of the {machines} machines, RANK from 0 to {machines - 1}"
+    return f"Run {each}: {allocator}{_RUN[target].replace('FILE', 'FILE --machine_rank RANK')}"
+
+
+def _machines(num_gpus: int) -> int:
+    """As few as hold the GPUs; accelerate starts as many processes on each (num_processes // num_machines)."""
+    machines = -(-num_gpus // HOST_GPUS)
+    if num_gpus % machines:
+        fewer = num_gpus // machines * machines
+        raise UsageError(
+            f"num_gpus is {num_gpus}, on {machines} machines of up to {HOST_GPUS} GPUs, and accelerate starts as many "
+            f"on each; choose --num-gpus {fewer} or {fewer + machines}"
+        )
+    return machines
 
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF=expandable_segments"
@@ -118,9 +137,11 @@ def _typed(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
-def _read_back(keys: Mapping[str, Any], framework: Framework) -> TrainingOptions:
+def _read_back(
+    keys: Mapping[str, Any], framework: Framework, marked: Mapping[str, Any] | None = None
+) -> TrainingOptions:
     try:
-        reading = interpret(keys, framework, asked={"model": "given"})
+        reading = interpret(keys, framework, marked=marked, asked={"model": "given"})
         for text in (*(f"{key}: {each}" for key, each in reading.refused.items()), *reading.notes):
             raise UsageError(text)
         return parse_options(reading.options)
@@ -148,15 +169,20 @@ def _with(options: TrainingOptions, adopted: dict[str, Any]) -> TrainingOptions:
     return replace(parse_options(asked | adopted), given=options.given)
 
 
-def _beside(options: TrainingOptions) -> dict[str, Any]:
+def _beside(options: TrainingOptions, keys: Mapping[str, Any]) -> dict[str, Any]:
     """All that accelerate's own keys do not say, where it is not vramplan's default."""
-    first = {"method": options.method, "trainer": options.trainer}  # other defaults follow from these
+    # other defaults follow from these
+    first = {name: getattr(options, name) for name in ("method", "trainer", "num_gpus", "parallel")}
     default = parse_options(first).as_dict() | {name: getattr(TrainingOptions(), name) for name in first}
-    return {
+    said = interpret(keys, ACCELERATE, asked={"model": "given"}).options
+    beside = {
         name: getattr(options, name)
         for name, value in options.as_dict().items()
-        if value is not None and value != default[name] and name not in ACCELERATE.rules
+        if value is not None and value != default[name] and name not in said
     }
+    for name in _apart(options, _read_back(keys, ACCELERATE, beside)):
+        raise UsageError(f"{ACCELERATE.title} does not run this plan's {name}; {_why(name, ACCELERATE)} (--to)")
+    return beside
 
 
 def _why(name: str, framework: Framework) -> str:
@@ -185,11 +211,18 @@ def _spelled(plan: Plan) -> TrainingOptions:
     return replace(options, target_modules=tuple(plan.counts.names)) if group else options
 
 
-def _yaml(keys: Mapping[str, Any]) -> str:
+def _yaml(keys: Mapping[str, Any], said: Mapping[str, str]) -> str:
+    """The keys as YAML; what is `said` of one stands in a comment above it."""
     import yaml
 
     text: str = yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True, width=100)
-    return text
+    lines = []
+    for line in text.split("\n"):
+        name = line.strip().partition(":")[0]
+        if name in said:
+            lines.append(f"{' ' * (len(line) - len(line.lstrip()))}# {said[name]}")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _data(target: str, dataset: str | None) -> dict[str, Any]:
@@ -277,7 +310,7 @@ def _axolotl(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]
 
 
 def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
-    how, config = "NO" if o.num_gpus == 1 else "MULTI_GPU", {}
+    how, config, machines = "NO" if o.num_gpus == 1 else "MULTI_GPU", {}, _machines(o.num_gpus)
     if o.parallel == "fsdp":
         how = "FSDP"
         config["fsdp_config"] = {
@@ -286,7 +319,7 @@ def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
             "fsdp_reshard_after_forward": o.reshard_after_forward,
             "fsdp_offload_params": o.cpu_offload,
             "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_activation_checkpointing": False,  # gradient_checkpointing takes the same memory
+            "fsdp_activation_checkpointing": False,
             "fsdp_state_dict_type": "FULL_STATE_DICT",
         }
     elif o.parallel.startswith("zero"):
@@ -299,19 +332,58 @@ def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
             "offload_param_device": device if third else "none",
             "gradient_accumulation_steps": o.gradient_accumulation_steps,
             "zero3_init_flag": third,
+            # torchrun's own, as with FSDP: any other needs a hostfile
+            **({"deepspeed_multinode_launcher": "standard"} if machines > 1 else {}),
         }
     keys = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": how,
         **config,
         "mixed_precision": o.mixed_precision,
-        "num_machines": 1,
+        "num_machines": machines,
         "num_processes": o.num_gpus,
         "machine_rank": 0,
+        **({"main_process_ip": _ADDRESS, "main_process_port": 29500} if machines > 1 else {}),
         "main_training_function": "main",
         "use_cpu": False,
     }
     return ACCELERATE, keys
+
+
+_ADDRESS = "PUT-THE-ADDRESS-OF-MACHINE-0-HERE"
+
+
+def _accelerate_comments(o: TrainingOptions) -> dict[str, str]:
+    """What to know of accelerate's keys, by key."""
+    last = _machines(o.num_gpus) - 1
+    several = {
+        "num_machines": f"with {o.num_gpus // (last + 1)} GPUs each: num_processes is shared out evenly",
+        "machine_rank": f"each machine's own, from 0 to {last}; --machine_rank goes before it",
+        "main_process_ip": "where all the others reach machine 0",
+    }
+    if o.method == "qlora":  # accelerate/utils/fsdp_utils.py, fsdp2_prepare_model
+        loading = "without effect on a 4-bit model, which each rank loads on its GPU"
+    else:
+        loading = (
+            "false, as planned: each rank loads the whole model in host memory; true: the first rank alone does, by "
+            "accelerate's documentation"
+        )
+    return {
+        "fsdp_cpu_ram_efficient_loading": loading,
+        "fsdp_activation_checkpointing": "TrainingArguments' gradient_checkpointing takes the same memory; never both",
+        **(several if last else {}),
+    }
+
+
+def _in_script(o: TrainingOptions) -> list[str]:
+    """What the script that accelerate launches has to say, so that the plan is what runs."""
+    if o.method != "qlora" or o.parallel not in ("fsdp", "zero3"):
+        return []
+    dtype = _LONG[o.weights_dtype if o.mixed_precision == "no" else o.mixed_precision]
+    return [
+        f"your_script.py has to load the model with BitsAndBytesConfig(bnb_4bit_quant_storage=torch.{dtype}),",
+        "the dtype that it computes in: 4-bit weights stored as uint8, the default, are not sharded",
+    ]
 
 
 def _script(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]:

@@ -6,7 +6,7 @@ tables/config_keys.json.
 
 Read from axolotl 0.19 (utils/schemas, loaders/model.py, core/builders), LLaMA-Factory 0.9.5 (hparams, model/adapter.py,
 model_utils), trl 1.16 (SFTConfig, ModelConfig, scripts/sft.py), transformers 5.24 (TrainingArguments) and peft 0.21
-(LoraConfig, utils/constants.py).
+(LoraConfig, utils/constants.py). What launches a run on several GPUs is in `launchers`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from vramplan.planner.errors import UsageError, shown, unknown
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    When = Callable[[Mapping[str, Any]], bool]  # judges a file's keys and values, defaults filled in
+
 _TABLES = Path(__file__).parent.parent / "tables"
 PEFT_DEFAULT = "PEFT's default"  # of target_modules: it depends on the model
 
@@ -30,13 +32,15 @@ class Rule(NamedTuple):
     """An option by the framework's keys: their values in order, defaults filled in, make `value`.
 
     None leaves the option to vramplan's default. What is `assumed` follows from the keys and is not said by them;
-    `more` are keys whose values come after, but which alone say nothing.
+    `more` are keys whose values come after, but which alone say nothing. With `stands`, or where `value` is `same`, the
+    first key is the option itself, and the command line's goes before it.
     """
 
     keys: tuple[str, ...]
     value: Callable[..., Any]
     assumed: bool = False
     more: tuple[str, ...] = ()
+    stands: bool = False
 
 
 class Remark(NamedTuple):
@@ -45,12 +49,16 @@ class Remark(NamedTuple):
     keys: tuple[str, ...]
     text: str
     refused: bool
-    when: Callable[[Mapping[str, Any]], bool] | None = None
+    when: When | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """A framework's keys. `fixed` are options that no key changes, each with what fixes it."""
+    """A framework's keys. `fixed` are options that no key changes, each with what fixes it.
+
+    `nested` are keys that hold mappings, each with the prefix that the keys below may lack; such a key is known by its
+    path: "fsdp_config.fsdp_version".
+    """
 
     name: str
     title: str
@@ -61,13 +69,14 @@ class Framework:
     remarks: tuple[Remark, ...] = ()
     harmless: frozenset[str] = frozenset()
     nullable: frozenset[str] = frozenset()  # keys for which null is a value, not the lack of one
+    nested: dict[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> frozenset[str]:
         """Every key that the framework has."""
         ruled = {key for rule in self.rules.values() for key in (*rule.keys, *rule.more)}
         said = {key for remark in self.remarks for key in remark.keys}
-        return frozenset(ruled | said | {*self.model} | self.harmless)
+        return frozenset(ruled | said | {*self.model, *self.nested} | self.harmless)
 
 
 @cache
@@ -76,13 +85,15 @@ def _keys() -> dict[str, Any]:
     return table
 
 
-def _harmless(name: str) -> frozenset[str]:
+def harmless_keys(name: str) -> frozenset[str]:
     """Keys that change no memory, of the table."""
     return frozenset(_keys()[name]["harmless"])
 
 
 def is_on(value: Any) -> bool:
-    """Whether a key's value switches something on."""
+    """Whether a key's value switches something on; a mapping may say that it does not."""
+    if isinstance(value, dict) and "enabled" in value:
+        value = value["enabled"]
     return bool(value) and not (isinstance(value, str) and value.strip().lower() in ("none", "no", "false", "null"))
 
 
@@ -94,7 +105,8 @@ def same(value: Any) -> Any:
     return value
 
 
-def _one(key: str, value: Callable[[Any], Any] = same) -> Rule:
+def one(key: str, value: Callable[[Any], Any] = same) -> Rule:
+    """An option that one key decides."""
     return Rule((key,), value)
 
 
@@ -104,7 +116,9 @@ def _modules(value: Any) -> Any:
     return value
 
 
-def _by_name(what: str, names: Mapping[str, Any], option: str) -> Callable[[Any], Any]:
+def by_name(what: str, names: Mapping[str, Any], option: str) -> Callable[[Any], Any]:
+    """What `names` has for a name; null stays open, any other value is an error."""
+
     def value(name: Any) -> Any:
         if name is None:
             return None
@@ -118,8 +132,8 @@ def _by_name(what: str, names: Mapping[str, Any], option: str) -> Callable[[Any]
 _ATTENTION = {name: name for name in ("sdpa", "eager", "flash_attention_2")}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _LONG = {short: long for long, short in _DTYPES.items()} | {"no": "float32"}
-_attention = _by_name("attention", _ATTENTION | {"kernels-community/flash-attn2": "flash_attention_2"}, "--attention")
-_dtype = _by_name("dtype", _DTYPES | {"auto": None}, "--weights-dtype")
+_attention = by_name("attention", _ATTENTION | {"kernels-community/flash-attn2": "flash_attention_2"}, "--attention")
+_dtype = by_name("dtype", _DTYPES | {"auto": None}, "--weights-dtype")
 
 
 def _examples(max_steps: Any, samples: Any, batch: Any, accumulation: Any) -> Any:
@@ -157,9 +171,9 @@ _CHECKPOINTING = Rule(
 )
 # The rows that every framework on transformers' TrainingArguments shares.
 _HF_RULES = {
-    "batch_size": _one(_HF_BATCH),
-    "gradient_accumulation_steps": _one("gradient_accumulation_steps"),
-    "optimizer": _one("optim"),
+    "batch_size": one(_HF_BATCH),
+    "gradient_accumulation_steps": one("gradient_accumulation_steps"),
+    "optimizer": one("optim"),
     "epochs": Rule(("num_train_epochs", "max_steps"), _epochs),
     "examples": Rule(("max_steps",), lambda steps, *step: _examples(steps, None, *step), more=_HF_STEP),
 }
@@ -170,30 +184,37 @@ _HF_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "max_steps": -1,
 }
-_HF_HARMLESS = _harmless("transformers")
+_HF_HARMLESS = harmless_keys("transformers")
 
 
 # -------------------------------------------------------------------------------------------------------------- remarks
 
 
-def _refused(keys: str, text: str, when: Callable[[Mapping[str, Any]], bool] | None = None) -> Remark:
+def refused(keys: str, text: str, when: When | None = None) -> Remark:
+    """Keys that no plan can follow."""
     return Remark(tuple(keys.split()), text, True, when)
 
 
-def _noted(keys: str, text: str, when: Callable[[Mapping[str, Any]], bool] | None = None) -> Remark:
+def noted(keys: str, text: str, when: When | None = None) -> Remark:
+    """Keys that are planned otherwise than they say."""
     return Remark(tuple(keys.split()), text, False, when)
 
 
-def _above_one(key: str) -> Callable[[Mapping[str, Any]], bool]:
+def other_than(key: str, *planned: Any) -> When:
+    """Whether a key has another value than those that are planned."""
+    return lambda values: values.get(key) not in (None, *planned)
+
+
+def _above_one(key: str) -> When:
     return lambda values: isinstance(values.get(key), int) and values[key] > 1
 
 
-def _setting(key: str, name: str) -> Callable[[Mapping[str, Any]], bool]:
+def _setting(key: str, name: str) -> When:
     """Whether the mapping under `key` has `name` switched on."""
     return lambda values: isinstance(values.get(key), dict) and is_on(values[key].get(name))
 
 
-def _every_nth(key: str) -> Callable[[Mapping[str, Any]], bool]:
+def _every_nth(key: str) -> When:
     """Whether the mapping under `key` checkpoints only some layers."""
     return lambda values: isinstance(values.get(key), dict) and values[key].get("every_n_layers") not in (None, 1)
 
@@ -201,45 +222,47 @@ def _every_nth(key: str) -> Callable[[Mapping[str, Any]], bool]:
 _REENTRANT = (
     "re-entrant checkpoints run a layer again to its end; planned are the others, which stop where backward has all"
 )
-_IN_HOST_MEMORY = "activations in host memory cannot be planned"
+IN_HOST_MEMORY = "activations in host memory cannot be planned"
 _EVALUATION = "evaluation is not part of the plan, only training steps are"
 _PACKED = "rows are packed: planned as full rows without padding, each attended to as one"
-_SEVERAL = "how it shares a run among GPUs is not read; say that by --num-gpus and --parallel"
+COMPILED = "what a compiled model keeps depends on how the compiler fuses it"
+NO_GPU = "a run without a GPU takes none of its memory"
+SEVERAL = "how it shares a run among GPUs is not read; say that by --num-gpus and --parallel"
 _KERNELS = "its kernels keep other tensors than transformers' own layers do"
 _WEIGHTS = "it trains or holds further weights, which a plan does not count"
 _LOSS = "its loss computes on other tensors than the one that is planned"
 _LAYERS = "it adapts only some layers or weights, and a plan adapts the same modules in every layer"
 
 _HF_REMARKS = (
-    _refused("deepspeed fsdp parallelism_config", _SEVERAL),
-    _refused("use_liger_kernel", f"Liger's {_KERNELS.removeprefix('its ')}"),
-    _refused("auto_find_batch_size", "the batch is found only when the run is out of memory; plan with --batch-size"),
-    _refused("torch_compile", "what a compiled model keeps depends on how the compiler fuses it"),
-    _refused("optim_target_modules", "an optimizer for some modules only cannot be planned"),
-    _refused("label_smoothing_factor", "with label smoothing the loss is computed outside the model"),
-    _refused("use_cpu", "a run without a GPU takes none of its memory"),
+    refused("deepspeed fsdp parallelism_config", SEVERAL),
+    refused("use_liger_kernel", f"Liger's {_KERNELS.removeprefix('its ')}"),
+    refused("auto_find_batch_size", "the batch is found only when the run is out of memory; plan with --batch-size"),
+    refused("torch_compile", COMPILED),
+    refused("optim_target_modules", "an optimizer for some modules only cannot be planned"),
+    refused("label_smoothing_factor", "with label smoothing the loss is computed outside the model"),
+    refused("use_cpu", NO_GPU),
     *(
         remark
         for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
         for remark in (
-            _refused(key, "in selective checkpointing a layer keeps some activations", _setting(key, "selective")),
-            _refused(key, "the layers that are not checkpointed keep their activations", _every_nth(key)),
-            _refused(key, _IN_HOST_MEMORY, _setting(key, "offload")),
-            _noted(key, _REENTRANT, _setting(key, "use_reentrant")),
+            refused(key, "in selective checkpointing a layer keeps some activations", _setting(key, "selective")),
+            refused(key, "the layers that are not checkpointed keep their activations", _every_nth(key)),
+            refused(key, IN_HOST_MEMORY, _setting(key, "offload")),
+            noted(key, _REENTRANT, _setting(key, "use_reentrant")),
         )
     ),
-    _noted("neftune_noise_alpha", "its noise on the embeddings, as large as a hidden state, is not planned"),
-    _noted("torch_empty_cache_steps", "PyTorch's cache is planned as kept, and emptying it lowers what is reserved"),
-    _noted("eval_strategy", _EVALUATION),
+    noted("neftune_noise_alpha", "its noise on the embeddings, as large as a hidden state, is not planned"),
+    noted("torch_empty_cache_steps", "PyTorch's cache is planned as kept, and emptying it lowers what is reserved"),
+    noted("eval_strategy", _EVALUATION),
 )
 _LORA_REMARKS = (
-    _refused("use_dora", "DoRA's magnitudes and norms of whole weights cannot be planned"),
-    _refused("modules_to_save lora_modules_to_save trainable_token_indices lora_bias", _WEIGHTS),
-    _refused("target_parameters lora_target_parameters layers_to_transform layers_pattern exclude_modules", _LAYERS),
-    _refused("layer_replication", "replicated layers cannot be planned"),
-    _refused("rank_pattern", "a rank of their own for some modules cannot be planned"),
-    _refused("bias", "it trains biases too, which a plan does not count"),
-    _refused(
+    refused("use_dora", "DoRA's magnitudes and norms of whole weights cannot be planned"),
+    refused("modules_to_save lora_modules_to_save trainable_token_indices lora_bias", _WEIGHTS),
+    refused("target_parameters lora_target_parameters layers_to_transform layers_pattern exclude_modules", _LAYERS),
+    refused("layer_replication", "replicated layers cannot be planned"),
+    refused("rank_pattern", "a rank of their own for some modules cannot be planned"),
+    refused("bias", "it trains biases too, which a plan does not count"),
+    refused(
         """alora_invocation_tokens arrow_config kasa_config megatron_config monteclora_config use_bdlora use_qalora
         velora_config""",
         "this kind of LoRA cannot be planned",
@@ -287,19 +310,19 @@ TRANSFORMERS = Framework(
     model=("model", "base_model_name_or_path", "MODEL"),
     rules={
         "method": Rule(_METHOD_KEYS, _peft_method),
-        "rank": _one("r"),
-        "lora_alpha": _one("lora_alpha"),
-        "lora_dropout": _one("lora_dropout"),
-        "target_modules": _one("target_modules", lambda value: PEFT_DEFAULT if value is None else _modules(value)),
+        "rank": one("r"),
+        "lora_alpha": one("lora_alpha"),
+        "lora_dropout": one("lora_dropout"),
+        "target_modules": one("target_modules", lambda value: PEFT_DEFAULT if value is None else _modules(value)),
         **_HF_RULES,
         "seq_len": Rule(("SEQ_LEN", "max_length"), lambda constant, length: length if constant is None else constant),
         "padded": Rule(("PADDED", _HF_BATCH), lambda said, batch: _rows_differ(batch) if said is None else said, True),
         "gradient_checkpointing": _CHECKPOINTING,
         "mixed_precision": Rule(("bf16", "fp16"), _autocast),
         "weights_dtype": Rule(_WEIGHTS_KEYS, _transformers_weights),
-        "double_quant": _one("bnb_4bit_use_double_quant"),
-        "prepare_kbit": _one("prepare_model_for_kbit_training"),
-        "attention": _one("attn_implementation", _attention),
+        "double_quant": one("bnb_4bit_use_double_quant"),
+        "prepare_kbit": one("prepare_model_for_kbit_training"),
+        "attention": one("attn_implementation", _attention),
         "expandable_segments": Rule(_ALLOCATOR, _expandable),
     },
     defaults=_HF_DEFAULTS
@@ -316,18 +339,18 @@ TRANSFORMERS = Framework(
     remarks=(
         *_HF_REMARKS,
         *_LORA_REMARKS,
-        _refused("FastLanguageModel() FastModel()", "Unsloth's kernels and checkpoints cannot be planned yet"),
+        refused("FastLanguageModel() FastModel()", "Unsloth's kernels and checkpoints cannot be planned yet"),
     ),
-    harmless=_HF_HARMLESS | _harmless("peft") | _harmless("script") | {"trainer"} | _CALLS,
+    harmless=_HF_HARMLESS | harmless_keys("peft") | harmless_keys("script") | {"trainer"} | _CALLS,
 )
 
 # ------------------------------------------------------------------------------------------------------------------ trl
 
 _SFT_REMARKS = (
-    _refused("activation_offloading", _IN_HOST_MEMORY),
-    _refused("loss_type", _LOSS, lambda values: values.get("loss_type") not in (None, "nll")),
-    _noted("packing padding_free", _PACKED),
-    _noted("router_aux_loss_coef", "the loss of the router is not planned"),
+    refused("activation_offloading", IN_HOST_MEMORY),
+    refused("loss_type", _LOSS, other_than("loss_type", "nll")),
+    noted("packing padding_free", _PACKED),
+    noted("router_aux_loss_coef", "the loss of the router is not planned"),
 )
 _SFT_DEFAULTS: dict[str, Any] = {"max_length": 1024, "gradient_checkpointing": True, "bf16": None}
 
@@ -352,7 +375,7 @@ SFT = replace(
     title="trl's SFTConfig and PEFT",
     rules=TRANSFORMERS.rules
     | {
-        "seq_len": _one("max_length", _max_length),
+        "seq_len": one("max_length", _max_length),
         "padded": Rule(
             ("PADDED", _HF_BATCH, "packing", "padding_free"),
             lambda said, *of: _rows_differ(*of) if said is None else said,
@@ -363,8 +386,8 @@ SFT = replace(
     },
     defaults=TRANSFORMERS.defaults | _SFT_DEFAULTS,
     fixed={"trainer": ("trl", "trl's SFTTrainer")},
-    remarks=(*TRANSFORMERS.remarks, *_SFT_REMARKS, _refused("model_init_kwargs", "what it sets is not read")),
-    harmless=TRANSFORMERS.harmless | _harmless("sft") | {"SEQ_LEN"},
+    remarks=(*TRANSFORMERS.remarks, *_SFT_REMARKS, refused("model_init_kwargs", "what it sets is not read")),
+    harmless=TRANSFORMERS.harmless | harmless_keys("sft") | {"SEQ_LEN"},
     nullable=frozenset(("max_length",)),
 )
 
@@ -379,19 +402,19 @@ TRL = Framework(
     model=("model_name_or_path",),
     rules={
         "method": Rule(("use_peft", "load_in_4bit", "load_in_8bit"), _trl_method),
-        "rank": _one("lora_r"),
-        "lora_alpha": _one("lora_alpha"),
-        "lora_dropout": _one("lora_dropout"),
-        "target_modules": _one("lora_target_modules", TRANSFORMERS.rules["target_modules"].value),
+        "rank": one("lora_r"),
+        "lora_alpha": one("lora_alpha"),
+        "lora_dropout": one("lora_dropout"),
+        "target_modules": one("lora_target_modules", TRANSFORMERS.rules["target_modules"].value),
         **_HF_RULES,
-        "seq_len": _one("max_length", _max_length),
+        "seq_len": one("max_length", _max_length),
         "padded": Rule((_HF_BATCH, "packing", "padding_free"), _rows_differ, True),
         "gradient_checkpointing": _CHECKPOINTING,
         "mixed_precision": Rule(("bf16", "fp16"), _sft_autocast),
-        "weights_dtype": _one("dtype", _dtype),
-        "double_quant": _one("use_bnb_nested_quant"),
-        "attention": _one("attn_implementation", _attention),
-        "expandable_segments": _one(
+        "weights_dtype": one("dtype", _dtype),
+        "double_quant": one("use_bnb_nested_quant"),
+        "attention": one("attn_implementation", _attention),
+        "expandable_segments": one(
             "env",
             lambda env: _expandable(*(env.get(key) for key in _ALLOCATOR)) if isinstance(env, dict) else None,
         ),
@@ -415,8 +438,8 @@ TRL = Framework(
         *_HF_REMARKS,
         *_LORA_REMARKS,
         *_SFT_REMARKS,
-        _refused("model_init_kwargs", "what it sets is not read; say dtype and attn_implementation as keys"),
-        _noted(
+        refused("model_init_kwargs", "what it sets is not read; say dtype and attn_implementation as keys"),
+        noted(
             "dtype load_in_4bit",
             "bitsandbytes computes in dtype there, and is planned as computing in autocast's; set both alike",
             lambda values: (
@@ -425,7 +448,7 @@ TRL = Framework(
             ),
         ),
     ),
-    harmless=_HF_HARMLESS | _harmless("sft") | _harmless("trl"),
+    harmless=_HF_HARMLESS | harmless_keys("sft") | harmless_keys("trl"),
     nullable=frozenset(("max_length",)),
 )
 
@@ -516,12 +539,12 @@ AXOLOTL = Framework(
     model=("base_model",),
     rules={
         "method": Rule(("adapter", "load_in_4bit", "load_in_8bit"), _axolotl_method),
-        "rank": _one("lora_r", _axolotl_rank),
-        "lora_alpha": _one("lora_alpha"),
-        "lora_dropout": _one("lora_dropout"),
+        "rank": one("lora_r", _axolotl_rank),
+        "lora_alpha": one("lora_alpha"),
+        "lora_dropout": one("lora_dropout"),
         "target_modules": Rule(("lora_target_linear", "lora_target_modules"), _axolotl_modules),
-        "batch_size": _one("micro_batch_size"),
-        "seq_len": _one("sequence_len"),
+        "batch_size": one("micro_batch_size"),
+        "seq_len": one("sequence_len"),
         "padded": Rule(
             ("micro_batch_size", "sample_packing", "pad_to_sequence_len"),
             lambda batch, packed, whole: _rows_differ(batch, packed) or (is_on(whole) and not is_on(packed)),
@@ -530,11 +553,11 @@ AXOLOTL = Framework(
         "gradient_accumulation_steps": Rule(
             ("gradient_accumulation_steps", "batch_size"), _axolotl_accumulation, more=("micro_batch_size",)
         ),
-        "gradient_checkpointing": _one("gradient_checkpointing", lambda on: _offloaded(on) or on),
-        "optimizer": _one("optimizer"),
+        "gradient_checkpointing": one("gradient_checkpointing", lambda on: _offloaded(on) or on),
+        "optimizer": one("optimizer"),
         "weights_dtype": Rule(_AXOLOTL_PRECISION, lambda *keys: _axolotl_precision(*keys)[0]),
         "mixed_precision": Rule(_AXOLOTL_PRECISION, lambda *keys: _axolotl_precision(*keys)[1]),
-        "double_quant": _one(
+        "double_quant": one(
             "bnb_config_kwargs",
             lambda more: more.get("bnb_4bit_use_double_quant", True) if isinstance(more, dict) else True,
         ),
@@ -565,9 +588,9 @@ AXOLOTL = Framework(
             for each in _HF_REMARKS
             if each.keys[0] not in ("use_liger_kernel", "label_smoothing_factor", "use_cpu")
         ),
-        _refused("fsdp_config fp32_norms", _SEVERAL),
+        refused("fsdp_config fp32_norms", SEVERAL),
         *(
-            _refused(key, _SEVERAL, _above_one(key))
+            refused(key, SEVERAL, _above_one(key))
             for key in (
                 "tensor_parallel_size",
                 "context_parallel_size",
@@ -578,12 +601,12 @@ AXOLOTL = Framework(
                 "world_size",
             )
         ),
-        _refused(
+        refused(
             "rl reward_model process_reward_model kd_trainer trainer_cls diffusion ebft hatchery nemo_gym_enabled",
             "only supervised fine-tuning with axolotl's own trainer can be planned",
         ),
-        _refused("chunked_cross_entropy cut_cross_entropy flash_attn_cross_entropy use_eaft", _LOSS),
-        _refused(
+        refused("chunked_cross_entropy cut_cross_entropy flash_attn_cross_entropy use_eaft", _LOSS),
+        refused(
             """liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation
             liger_cross_entropy liger_fused_linear_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm tiled_mlp
             fused_attn_kernel flash_attn_d512 flash_optimum gemma4_hybrid_attn_impl large_head_attention s2_attention
@@ -592,43 +615,43 @@ AXOLOTL = Framework(
             llama4_linearized_experts""",
             _KERNELS,
         ),
-        _refused(
+        refused(
             "activation_offloading layer_offloading ple_cpu_offload lora_on_cpu",
             "what lies in host memory cannot be planned",
         ),
-        _refused("selective_checkpointing dynamic_checkpoint", "only whole layers can be planned as checkpoints"),
-        _refused(
+        refused("selective_checkpointing dynamic_checkpoint", "only whole layers can be planned as checkpoints"),
+        refused(
             "gradient_checkpointing",
             "checkpoints in host memory or on disk cannot be planned; choose --gradient-checkpointing",
             lambda values: _offloaded(values.get("gradient_checkpointing")),
         ),
-        _refused(
+        refused(
             "fp8 qat gptq quantize_moe_experts model_quantization_config nonexpert_quantization",
             "only 4-bit bitsandbytes can be planned",
         ),
-        _refused(
+        refused(
             "relora lisa_n_layers unfrozen_parameters spectrum_top_fraction",
             "training some of the weights only cannot be planned",
         ),
-        _refused("lora_modules_to_save peft_trainable_token_indices", _WEIGHTS),
-        _refused("lora_target_parameters peft_layers_to_transform peft_layers_pattern", _LAYERS),
-        _refused("lora_rank_pattern", "a rank of their own for some modules cannot be planned"),
-        _refused("peft_layer_replication", "replicated layers cannot be planned"),
-        _refused("peft use_mora", "this kind of LoRA cannot be planned"),
-        _refused(
+        refused("lora_modules_to_save peft_trainable_token_indices", _WEIGHTS),
+        refused("lora_target_parameters peft_layers_to_transform peft_layers_pattern", _LAYERS),
+        refused("lora_rank_pattern", "a rank of their own for some modules cannot be planned"),
+        refused("peft_layer_replication", "replicated layers cannot be planned"),
+        refused("peft use_mora", "this kind of LoRA cannot be planned"),
+        refused(
             "peft_autocast_adapter_dtype",
             "adapters are planned in float32",
             lambda values: values.get("peft_autocast_adapter_dtype") is False,
         ),
-        _refused("grokfast_alpha", "it keeps a running mean of the gradients, which a plan does not count"),
-        _refused("peft_use_dora", _LORA_REMARKS[0].text),
-        _refused(
+        refused("grokfast_alpha", "it keeps a running mean of the gradients, which a plan does not count"),
+        refused("peft_use_dora", _LORA_REMARKS[0].text),
+        refused(
             "attn_implementation",
             "axolotl holds norms, embeddings and head in float32 where every weight is trained with sdpa or eager "
             "attention; set attn_implementation: flash_attention_2",
             _axolotl_float32_embeddings,
         ),
-        _noted(
+        noted(
             "lora_qkv_kernel lora_mlp_kernel lora_o_kernel lora_embedding_kernel",
             "axolotl's LoRA kernels keep less than PEFT's layers, which are planned",
             lambda values: (
@@ -644,14 +667,14 @@ AXOLOTL = Framework(
                 )
             ),
         ),
-        _noted("sample_packing", _PACKED),
-        _noted("val_set_size test_datasets", _EVALUATION),
-        _noted("plugins", "a plugin may change what is kept; only the keys beside it are judged"),
-        _noted("lora_model_dir", "an adapter that is loaded keeps its own rank and modules; planned are those named"),
-        _noted("tokens resize_token_embeddings_to_32x", "rows that are added to the embeddings are not planned"),
-        _noted("max_memory gpu_memory_limit", "the model is planned on the GPU as a whole"),
+        noted("sample_packing", _PACKED),
+        noted("val_set_size test_datasets", _EVALUATION),
+        noted("plugins", "a plugin may change what is kept; only the keys beside it are judged"),
+        noted("lora_model_dir", "an adapter that is loaded keeps its own rank and modules; planned are those named"),
+        noted("tokens resize_token_embeddings_to_32x", "rows that are added to the embeddings are not planned"),
+        noted("max_memory gpu_memory_limit", "the model is planned on the GPU as a whole"),
     ),
-    harmless=_harmless("axolotl"),
+    harmless=harmless_keys("axolotl"),
 )
 
 # -------------------------------------------------------------------------------------------------------- LLaMA-Factory
@@ -691,20 +714,20 @@ LLAMAFACTORY = Framework(
     model=("model_name_or_path",),
     rules={
         "method": Rule(("finetuning_type", "quantization_bit", "quantization_method"), _factory_method),
-        "rank": _one("lora_rank"),
-        "lora_alpha": _one("lora_alpha"),
-        "lora_dropout": _one("lora_dropout"),
-        "target_modules": _one("lora_target", _factory_modules),
+        "rank": one("lora_rank"),
+        "lora_alpha": one("lora_alpha"),
+        "lora_dropout": one("lora_dropout"),
+        "target_modules": one("lora_target", _factory_modules),
         **_HF_RULES,
         "examples": Rule(("max_steps", "max_samples"), _examples, more=_HF_STEP),
-        "seq_len": _one("cutoff_len"),
+        "seq_len": one("cutoff_len"),
         "padded": Rule((_HF_BATCH, "packing", "neat_packing"), _rows_differ, True),
-        "gradient_checkpointing": _one("disable_gradient_checkpointing", lambda off: not is_on(off)),
+        "gradient_checkpointing": one("disable_gradient_checkpointing", lambda off: not is_on(off)),
         "weights_dtype": Rule(_FACTORY_PRECISION, lambda *keys: _factory_precision(*keys)[0]),
         "mixed_precision": Rule(_FACTORY_PRECISION, lambda *keys: _factory_precision(*keys)[1]),
-        "double_quant": _one("double_quantization"),
-        "attention": _one("flash_attn", _by_name("flash_attn", _FACTORY_ATTENTION, "--attention")),
-        "trainer": _one("use_unsloth", lambda on: "unsloth" if is_on(on) else "transformers"),
+        "double_quant": one("double_quantization"),
+        "attention": one("flash_attn", by_name("flash_attn", _FACTORY_ATTENTION, "--attention")),
+        "trainer": one("use_unsloth", lambda on: "unsloth" if is_on(on) else "transformers"),
     },
     defaults=_HF_DEFAULTS
     | {
@@ -722,119 +745,33 @@ LLAMAFACTORY = Framework(
     fixed={"prepare_kbit": (False, "LLaMA-Factory never calls prepare_model_for_kbit_training")},
     remarks=(
         *(each for each in _HF_REMARKS if each.keys[0] != "use_liger_kernel"),
-        _refused("stage", "only sft and pt can be planned", lambda v: v.get("stage") not in (None, "sft", "pt")),
-        _refused("enable_liger_kernel use_liger_kernel", f"Liger's {_KERNELS.removeprefix('its ')}"),
-        _refused("use_v1_kernels use_kt mixture_of_depths shift_attn", _KERNELS),
-        _refused("use_unsloth_gc", "checkpoints in host memory cannot be planned"),
-        _refused("use_galore use_apollo use_badam use_adam_mini use_muon", "this optimizer cannot be planned"),
-        _refused("use_llama_pro", _LAYERS),
-        _refused("use_dora", _LORA_REMARKS[0].text),
-        _refused("additional_target resize_vocab", _WEIGHTS),
-        _refused("upcast_layernorm upcast_lmhead_output", "what it casts to float32 is not planned"),
-        _refused("use_dft_loss use_asft_loss use_eaft_loss", _LOSS),
-        _refused("fp8", "only 4-bit bitsandbytes can be planned"),
-        _refused("use_mca use_hyper_parallel", _SEVERAL),
-        _refused("ray_num_workers", _SEVERAL, _above_one("ray_num_workers")),
-        _noted(
+        refused("stage", "only sft and pt can be planned", other_than("stage", "sft", "pt")),
+        refused("enable_liger_kernel use_liger_kernel", f"Liger's {_KERNELS.removeprefix('its ')}"),
+        refused("use_v1_kernels use_kt mixture_of_depths shift_attn", _KERNELS),
+        refused("use_unsloth_gc", "checkpoints in host memory cannot be planned"),
+        refused("use_galore use_apollo use_badam use_adam_mini use_muon", "this optimizer cannot be planned"),
+        refused("use_llama_pro", _LAYERS),
+        refused("use_dora", _LORA_REMARKS[0].text),
+        refused("additional_target resize_vocab", _WEIGHTS),
+        refused("upcast_layernorm upcast_lmhead_output", "what it casts to float32 is not planned"),
+        refused("use_dft_loss use_asft_loss use_eaft_loss", _LOSS),
+        refused("fp8", "only 4-bit bitsandbytes can be planned"),
+        refused("use_mca use_hyper_parallel", SEVERAL),
+        refused("ray_num_workers", SEVERAL, _above_one("ray_num_workers")),
+        noted(
             "use_reentrant_gc",
             _REENTRANT,
             lambda v: is_on(v.get("use_reentrant_gc")) and not is_on(v.get("disable_gradient_checkpointing")),
         ),
-        _noted("packing neat_packing", _PACKED),
-        _noted(
+        noted("packing neat_packing", _PACKED),
+        noted(
             "adapter_name_or_path", "an adapter that is loaded keeps its own rank and modules; planned are those named"
         ),
-        _noted("moe_aux_loss_coef", "the loss of the router is not planned"),
-        _noted("add_tokens add_special_tokens", "rows that are added to the embeddings are not planned"),
+        noted("moe_aux_loss_coef", "the loss of the router is not planned"),
+        noted("add_tokens add_special_tokens", "rows that are added to the embeddings are not planned"),
     ),
-    harmless=_HF_HARMLESS | _harmless("llamafactory"),
+    harmless=_HF_HARMLESS | harmless_keys("llamafactory"),
 )
-
-# ----------------------------------------------------------------------------------------------------------- accelerate
-
-_ACCELERATED = {"NO": None, "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": "zero"}
-_accelerated = _by_name("distributed_type", _ACCELERATED, "--parallel")
-_SHARED_BY = ("distributed_type", "fsdp_config", "deepspeed_config")
-
-
-def _within(config: Any, key: str, default: Any = None) -> Any:
-    found = config.get(key) if isinstance(config, dict) else None
-    return default if found is None else found
-
-
-def _parallel(kind: Any, _: Any, deepspeed: Any, number: Any) -> str | None:
-    how = _accelerated(kind)
-    if how == "zero":
-        stage = _within(deepspeed, "zero_stage", 2)
-        if stage not in (1, 2, 3):
-            raise UsageError(f"zero_stage is {shown(stage)}; planned are 1, 2 and 3 (--parallel)")
-        return f"zero{stage}"
-    return None if number == 1 and how == "ddp" else how  # accelerate launch on one GPU wraps nothing
-
-
-def _resharding(kind: Any, fsdp: Any, _: Any) -> Any:
-    return _within(fsdp, "fsdp_reshard_after_forward", True) if _accelerated(kind) == "fsdp" else None
-
-
-def _offloading(kind: Any, fsdp: Any, deepspeed: Any) -> Any:
-    how = _accelerated(kind)
-    if how == "fsdp":
-        return is_on(_within(fsdp, "fsdp_offload_params"))
-    return is_on(_within(deepspeed, "offload_optimizer_device")) if how == "zero" else None
-
-
-def _fsdp_has(key: str, *planned: Any) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether FSDP's `key` has another value than those that are planned; the first is accelerate's own."""
-    return lambda v: (
-        v.get("distributed_type") == "FSDP" and _within(v.get("fsdp_config"), key, planned[0]) not in planned[1:]
-    )
-
-
-def _deepspeed_has(*keys: str, on: Callable[[Any], bool] = is_on) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda v: any(on(_within(v.get("deepspeed_config"), key)) for key in keys)
-
-
-# Not a training config of its own: an exported one says the rest of its options in a comment.
-ACCELERATE = Framework(
-    name="accelerate",
-    title="accelerate launch",
-    model=(),
-    rules={
-        "mixed_precision": _one("mixed_precision"),
-        "num_gpus": _one("num_processes"),
-        "parallel": Rule(_SHARED_BY, _parallel, more=("num_processes",)),
-        "reshard_after_forward": Rule(_SHARED_BY, _resharding),
-        "cpu_offload": Rule(_SHARED_BY, _offloading),
-    },
-    remarks=(
-        _refused("megatron_lm_config parallelism_config fp8_config", _SEVERAL),
-        _refused(
-            "fsdp_config", "planned are units of one decoder layer (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)",
-            _fsdp_has("fsdp_auto_wrap_policy", "NO_WRAP", "TRANSFORMER_BASED_WRAP"),
-        ),
-        _refused(
-            "fsdp_config", "FSDP1 has other buffers than FSDP2, which is planned (fsdp_version: 2)",
-            _fsdp_has("fsdp_version", 1, 2, "2"),
-        ),
-        _noted(
-            "fsdp_config", "with fsdp_cpu_ram_efficient_loading one rank alone loads the model; planned is that all do",
-            lambda v: is_on(_within(v.get("fsdp_config"), "fsdp_cpu_ram_efficient_loading")),
-        ),
-        _refused(
-            "deepspeed_config", "a configuration file of DeepSpeed's own is not read",
-            _deepspeed_has("deepspeed_config_file"),
-        ),
-        _refused(
-            "deepspeed_config", "what lies on an NVMe disk cannot be planned",
-            _deepspeed_has("offload_optimizer_device", "offload_param_device", on=lambda value: value == "nvme"),
-        ),
-        _refused("dynamo_config", "what a compiled model keeps depends on how the compiler fuses it"),
-        _refused("use_cpu", "a run without a GPU takes none of its memory"),
-    ),
-    harmless=_harmless("accelerate"),
-)  # fmt: skip
-
-FRAMEWORKS = {each.name: each for each in (AXOLOTL, LLAMAFACTORY, TRL, TRANSFORMERS, ACCELERATE)}
 
 # PEFT's own choice where target_modules is left out, by model_type (peft/utils/constants.py).
 PEFT_TARGETS = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from strategies import JSON
 
 from vramplan.planner import frameworks
-from vramplan.planner.configs import interpret, read
+from vramplan.planner.configs import FRAMEWORKS, interpret, read
 from vramplan.planner.errors import UsageError
-from vramplan.planner.frameworks import FRAMEWORKS, SFT, TRANSFORMERS, TRL, Framework
+from vramplan.planner.frameworks import SFT, TRANSFORMERS, TRL, Framework
 
 DATA = Path(__file__).parent / "data" / "configs"
 ALL = {**FRAMEWORKS, "sft": SFT}
@@ -442,50 +442,10 @@ def test_keys_of_two_frameworks_are_ambiguous(write: Any) -> None:
 
 def test_keys_of_none_are_asked_about(write: Any) -> None:
     file = write({"model_name_or_path": "gpt2", "per_device_train_batch_size": 2})
-    assert wrong(file).endswith("say which by --from axolotl|llamafactory|trl|transformers|accelerate")
+    assert wrong(file).endswith("say which by --from axolotl|llamafactory|trl|transformers|accelerate|deepspeed")
     assert read([file], framework="trl").options["seq_len"] == 1024
     assert read([file], framework="llamafactory").options["seq_len"] == 2048
     assert "did you mean llamafactory" in wrong(file, framework="llamafactry")
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        (
-            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}},
-            "FSDP1 has other buffers",
-        ),
-        (
-            {
-                "distributed_type": "FSDP",
-                "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"},
-            },
-            "planned are units of one decoder layer",
-        ),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "zero_stage is 0; planned are 1, 2"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "a.json"}}, "is not read"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"offload_param_device": "nvme"}}, "NVMe disk"),
-        ({"distributed_type": "MEGATRON_LM"}, "unknown distributed_type 'MEGATRON_LM'"),
-        ({"distributed_type": "FSDP", "fsdp_config": "yes"}, "FSDP1"),
-    ],
-)
-def test_what_accelerate_does_and_no_plan_can(values: dict[str, Any], says: str, write: Any) -> None:
-    assert says in wrong(write({"num_processes": 8, **values}), framework="accelerate", model="gpt2")
-
-
-def test_accelerates_own_configs(write: Any) -> None:
-    """As `accelerate config` writes them; on one GPU there is nothing to share."""
-    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": False}
-    told = {"fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False}
-    file = write({"distributed_type": "FSDP", "num_processes": 8, "fsdp_config": fsdp | told})
-    reading = read([file], framework="accelerate", model="gpt2", method="full")
-    said = {name: reading.options[name] for name in ("num_gpus", "parallel", "reshard_after_forward", "cpu_offload")}
-    assert said == {"num_gpus": 8, "parallel": "fsdp", "reshard_after_forward": False, "cpu_offload": False}
-    assert any("one rank alone loads the model" in note for note in reading.notes)
-    alone = read([write({"distributed_type": "MULTI_GPU", "num_processes": 1})], framework="accelerate", model="gpt2")
-    assert "parallel" not in alone.options
-    third = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 3}}
-    assert read([write(third)], framework="accelerate", model="gpt2").options["parallel"] == "zero3"
 
 
 def test_trainings_arguments_saved_as_json(write: Any, tmp_path: Path) -> None:
@@ -581,12 +541,29 @@ def configs(draw: st.DrawFn) -> tuple[Framework, dict[str, Any]]:
     base = BASE.get(framework.name, {}) if draw(st.booleans()) else {}
     keys = st.sampled_from(sorted(framework.known)) | st.text(max_size=8)
     sane = st.sampled_from([True, False, None, "auto", "none", 0, 1, 2, 8, "8", "bfloat16", "lora", [], {}, ["a"]])
-    return framework, base | draw(st.dictionaries(keys, sane | JSON, max_size=8))
+    values = base | draw(st.dictionaries(keys, sane | JSON, max_size=8))
+    return framework, nested(values, framework) if draw(st.booleans()) else values
+
+
+def nested(values: dict[str, Any], framework: Framework) -> dict[str, Any]:
+    """The values with those whose key is a path below their mappings."""
+    found: dict[str, Any] = {}
+    for path, value in sorted(values.items(), key=lambda item: item[0].count(".")):
+        inner = found
+        *parents, key = path.split(".") if path.partition(".")[0] in framework.nested else [path]
+        for parent in parents:
+            if not isinstance(inner.get(parent), dict):
+                inner[parent] = {}
+            inner = inner[parent] = dict(inner[parent])
+        inner[key] = value
+    return found
 
 
 @given(configs())
 def test_any_config_is_read_or_refused(config: tuple[Framework, dict[str, Any]]) -> None:
     framework, values = config
+    if framework.name == "accelerate":
+        values = {"distributed_type": "DEEPSPEED"} | values
     try:
         reading = interpret(values, framework, asked={"model": "gpt2"})
     except UsageError:
@@ -651,22 +628,20 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "configs.md"
 
 
 def tables() -> str:
-    """Every framework's rows: which keys make which option, what fixes the others, and what is refused."""
+    """Every framework's rows: which keys make which option, what fixes the others, what is refused and what is said."""
     parts = []
-    for name in ("axolotl", "llamafactory", "trl", "transformers"):
-        framework = FRAMEWORKS[name]
+    for framework in FRAMEWORKS.values():
         parts += [f"### {framework.title}", "", "| option | keys, and what they are where left out |", "|---|---|"]
-        parts.append(f"| model | {code(framework.model)} |")
+        parts.append(f"| model | {code(framework.model) or 'no key: `--model`'} |")
         parts += [f"| {option} | {code(rule.keys, framework.defaults)} |" for option, rule in framework.rules.items()]
         parts += [f"| {option} | always {value}: {why} |" for option, (value, why) in framework.fixed.items()]
-        refused = {
-            always: dict.fromkeys(
-                key for each in framework.remarks if each.refused and (each.when is None) == always for key in each.keys
-            )
-            for always in (True, False)
-        }
-        parts += ["", f"Refused where they are switched on: {code(refused[True])}.", ""]
-        parts += [f"Refused with some values: {code(refused[False])}.", ""]
+        said: dict[str, list[str]] = {}
+        for each in framework.remarks:
+            refused = "Refused with some values" if each.when else "Refused where they are switched on"
+            said.setdefault(refused if each.refused else "Said where they are planned otherwise", []).extend(each.keys)
+        for how in sorted(said):
+            parts += ["", f"{how}: {code(dict.fromkeys(said[how]))}."]
+        parts.append("")
     return "\n".join(parts).rstrip()
 
 

@@ -150,30 +150,116 @@ def test_accelerate_reads_its_export(model: str, tmp_path: Path) -> None:
     assert read([str(file)]).options["num_gpus"] == 4
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"parallel": "ddp"},
-        {"parallel": "fsdp"},
-        {"parallel": "fsdp", "reshard_after_forward": False, "cpu_offload": True},
-        {"parallel": "zero1"},
-        {"parallel": "zero2", "cpu_offload": True},
-        {"parallel": "zero3", "gradient_accumulation_steps": 3},
-    ],
-)
-def test_how_gpus_share_a_run_goes_there_and_back(options: dict[str, Any], model: str, tmp_path: Path) -> None:
-    launch = pytest.importorskip("accelerate.commands.launch")
-    file = tmp_path / "a.yml"
-    made = plan(model, method="full", num_gpus=4, **options)
+SHARED: list[dict[str, Any]] = [
+    {"parallel": "ddp"},
+    {"parallel": "ddp", "gradient_accumulation_steps": 3, "gradient_checkpointing": False},
+    {"parallel": "fsdp"},
+    {"parallel": "fsdp", "gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+    {"parallel": "fsdp", "reshard_after_forward": False, "cpu_offload": True},
+    {"parallel": "zero1"},
+    {"parallel": "zero1", "cpu_offload": True, "gradient_accumulation_steps": 1},
+    {"parallel": "zero2", "cpu_offload": True},
+    {"parallel": "zero2", "gradient_accumulation_steps": 8, "gradient_checkpointing": False},
+    {"parallel": "zero3", "gradient_accumulation_steps": 3},
+    {"parallel": "zero3", "cpu_offload": True, "optimizer": "adamw_torch"},
+    {"parallel": "zero3", "mixed_precision": "no", "weights_dtype": "fp32"},
+]
+
+
+def exported(options: dict[str, Any], model: str, file: Path) -> dict[str, Any]:
+    """The keys of a plan's export to accelerate, once it was read back as the plan."""
+    made = plan(model, **options)
     file.write_text(export(made, "accelerate", command="").text)
     back = read([str(file)])
     assert parse_options(back.options).as_dict() == made.options.as_dict()
+    assert plan(back.model, **back.options).memory == made.memory
     assert not back.notes
     assert not back.unknown
-    keys = yaml.safe_load(file.read_text())
+    keys: dict[str, Any] = yaml.safe_load(file.read_text())
+    return keys
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4, 8, 12, 16])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("options", SHARED)
+def test_how_gpus_share_a_run_goes_there_and_back(
+    options: dict[str, Any], method: str, num_gpus: int, model: str, tmp_path: Path
+) -> None:
+    keys = exported(options | {"method": method, "num_gpus": num_gpus}, model, tmp_path / "a.yml")
+    assert (keys["num_processes"], keys["num_machines"]) == (num_gpus, -(-num_gpus // 8))
+    assert ("main_process_ip" in keys) == (num_gpus > 8)
+    launch = pytest.importorskip("accelerate.commands.launch")
     flags = {flag.lstrip("-") for flag in launch.launch_command_parser()._option_string_actions}
     for name in ("fsdp_config", "deepspeed_config"):
         assert set(keys.get(name, {})) <= flags
+
+
+@pytest.mark.parametrize("options", SHARED)
+def test_accelerate_launches_as_many_processes_on_each_machine(
+    options: dict[str, Any], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the command that the file's first lines name, on its second machine."""
+    launch = pytest.importorskip("accelerate.commands.launch")
+    prepare = pytest.importorskip("accelerate.utils.launch")
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS", "FSDP_STATE_DICT_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "a.yml"
+    exported(options | {"method": "full", "num_gpus": 16}, model, file)
+    [run] = [line for line in file.read_text().splitlines() if line.startswith("# Run ")]
+    assert run.startswith("# Run on each of the 2 machines, RANK from 0 to 1: accelerate launch ")
+    words = run.partition("accelerate launch ")[2].replace("FILE", str(file)).replace("RANK", "1").split()
+    parser = launch.launch_command_parser()
+    args, _, _ = launch._validate_launch_command(parser.parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ""
+    if options["parallel"].startswith("zero"):
+        command, environment = prepare.prepare_deepspeed_cmd_env(args)
+        assert command is None  # torchrun, and no deepspeed command with its hostfile
+        offload = environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"]
+        assert (environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"], offload) == (
+            options["parallel"][-1],
+            "cpu" if options.get("cpu_offload") else "none",
+        )
+    else:
+        environment = prepare.prepare_multi_gpu_env(args)
+        assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (options["parallel"] == "fsdp")
+    assert (args.nproc_per_node, args.nnodes, args.node_rank) == ("8", "2", 1)
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "PUT-THE-ADDRESS-OF-MACHINE-0-HERE:29500")
+    if options["parallel"] == "fsdp":  # what accelerate/state.py chooses the backend "cuda:nccl,cpu:gloo" by
+        offloaded = str(options.get("cpu_offload", False)).lower()
+        assert (environment["FSDP_OFFLOAD_PARAMS"], environment["FSDP_STATE_DICT_TYPE"]) == (
+            offloaded,
+            "FULL_STATE_DICT",
+        )
+
+
+def test_gpus_that_machines_cannot_share_evenly_are_refused(model: str) -> None:
+    for number, choices in ((9, "8 or 10"), (11, "10 or 12"), (17, "15 or 18")):
+        with pytest.raises(UsageError, match=f"num_gpus is {number}, .* choose --num-gpus {choices}"):
+            export(plan(model, num_gpus=number), "accelerate", command="")
+
+
+def test_what_is_to_be_known_of_a_key_stands_above_it(model: str) -> None:
+    def text(**options: Any) -> list[str]:
+        return export(plan(model, **options), "accelerate", command="").text.splitlines()
+
+    def above(lines: list[str], key: str) -> str:
+        return lines[next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:")) - 1].strip()
+
+    several = text(method="full", num_gpus=16)
+    assert above(several, "machine_rank") == "# each machine's own, from 0 to 1; --machine_rank goes before it"
+    assert above(several, "main_process_ip") == "# where all the others reach machine 0"
+    assert above(several, "num_machines") == "# with 8 GPUs each: num_processes is shared out evenly"
+    assert not above(text(method="full", num_gpus=2), "machine_rank").startswith("#")
+    loading = above(text(method="full", num_gpus=2, parallel="fsdp"), "fsdp_cpu_ram_efficient_loading")
+    assert loading.startswith("# false, as planned: each rank loads the whole model in host memory")
+    for parallel in ("fsdp", "zero3"):
+        quantised = text(method="qlora", num_gpus=2, parallel=parallel)
+        assert any("BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16)" in line for line in quantised)
+        floats = {"weights_dtype": "fp32", "mixed_precision": "no"}
+        quantised = text(method="qlora", num_gpus=2, parallel=parallel, **floats)
+        assert any("BitsAndBytesConfig(bnb_4bit_quant_storage=torch.float32)" in line for line in quantised)
+        assert not any("quant_storage" in line for line in text(method="lora", num_gpus=2, parallel=parallel))
+    assert not any("quant_storage" in line for line in text(method="qlora", num_gpus=2))
 
 
 @pytest.fixture
