@@ -121,6 +121,7 @@ class Capacity:
     stack: Stack
     command: str
     warnings: tuple[str, ...]
+    sharing: tuple[str, ...] = ()  # how several GPUs share the run
 
     @property
     def fits(self) -> bool:
@@ -222,6 +223,7 @@ def fit(
             calibration,
         ),
         warnings=(*warnings, *bench.notes),
+        sharing=bench.sharing_notes(found["gpus"][-1][-1][1].options if found["gpus"][-1] else first.options),
     )
 
 

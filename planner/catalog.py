@@ -66,6 +66,8 @@ class Gpu:
     fp32_tflops: float | None = None
     nvlink_gb_s: float | None = None  # both directions together; AMD's Infinity Fabric too
     nvlink_gpus: int | None = None  # how many it joins: 2 by a bridge, 8 on a board, 72 in a rack, 1 with its CPU alone
+    nvlink_mesh: int | None = None  # links of each, which lead to single others and to no switch
+    host_gpus: int | None = None  # of one host, where that is not 8 at most
     pcie_gen: int | None = None
     tdp_w: int | None = None
     bf16: bool | None = None

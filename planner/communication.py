@@ -110,15 +110,15 @@ def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool, o
     hooks = section.hooks
     gathered = reduced = fetched = stored = 0
     shards = list(zip(unit.shares, unit.shards(n), strict=True))
-    if gather:
-        fetched = sum(nbytes for _, nbytes in shards) if offload else 0
+    if gather and whole:
+        fetched = sum(nbytes for s, nbytes in shards if not s.stays) if offload else 0
         gathered = whole * (n - 1) // n
-        held = sum(nbytes for s, nbytes in shards if s.gathered != s.dtype)
+        held = sum(nbytes for s, nbytes in shards if s.gathered != s.dtype and not s.stays)
         if cast:
             kernels[Kernel(COPIES, 0, held + cast)] += 1
         kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1  # into the buffer
         kernels[Kernel(COPIES, 0, 2 * whole)] += 1  # and out of it
-        hooks = hooks._replace(gathers=1, weights=len(unit.shares))
+        hooks = hooks._replace(gathers=1, weights=sum(not s.stays for s in unit.shares))
     if reduce and numel:
         reduced = numel * low * (n - 1)
         stored = sum(nbytes for s, nbytes in shards if s.trained) if offload else 0
@@ -142,24 +142,33 @@ def _in_buckets(run: Run, sections: Sequence[Section]) -> list[Section]:
     layers = len(run.layers)
     made = run.first_micro_step
     sizes = run.program.sizes
-    known: dict[tuple[int, int], Section] = {}
+    known: dict[tuple[int, int, int], Section] = {}
+    filled = 0
 
-    def of(section: Section, grads: Sequence[int]) -> Section:
+    def of(section: Section, grads: Sequence[int], end: bool = False) -> Section:
+        nonlocal filled
+        sums = 0
+        for g in grads:
+            filled += sizes[g]
+            if filled >= bucket:
+                filled, sums = 0, sums + 1
+        sums += end and filled > 0
         nbytes = sum(sizes[g] for g in grads)
-        key = (id(section), nbytes)
+        key = (id(section), nbytes, sums)
         if grads and key not in known:
             kernels = section.kernels.copy()
             kernels[Kernel(COPIES, 0, 2 * nbytes // len(grads))] += 2 * len(grads)
             known[key] = replace(
-                section, kernels=kernels, reduced=2 * nbytes * (n - 1) // n, sums=nbytes / bucket,
+                section, kernels=kernels, reduced=2 * nbytes * (n - 1) // n, sums=sums,
                 waits=waits, hooks=section.hooks._replace(bucketed=len(grads)),
             )  # fmt: skip
         return known.get(key, section)
 
-    inner = [of(s, grads) for s, grads in zip(sections[3 + layers : -1], reversed(made.layer_grads), strict=True)]
     outer = list(made.outer_grads.items())
     early = [g for name, g in outer if name in run.early]
     late = [g for name, g in outer if name not in run.early]
+    first = of(sections[2 + layers], late)
+    inner = [of(s, grads) for s, grads in zip(sections[3 + layers : -1], reversed(made.layer_grads), strict=True)]
     return [
-        *sections[: 2 + layers], of(sections[2 + layers], late), *inner, of(sections[-1], early),
+        *sections[: 2 + layers], first, *inner, of(sections[-1], early, end=True),
     ]  # fmt: skip

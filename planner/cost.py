@@ -98,16 +98,23 @@ def cost(size: Work, offer: Offer, step_s: Range, num_gpus: int = 1) -> Cost:
 
 
 def unpriced(run: TrainingOptions, gpu: str, found: Iterable[Offer], *, timed: bool) -> str:
-    """Why a run that fits `gpu` has no price there, in words; `timed`: whether a step's time is known."""
-    from vramplan.planner.links import HOST_GPUS
+    """Why a run that fits `gpu` has no price there, in words; `timed`: whether a step's time is known there."""
+    from vramplan.planner.links import host_gpus
 
     counts = [offer.gpu_count for offer in found if offer.gpu == gpu]
-    needed = min(run.num_gpus, HOST_GPUS)
+    needed = min(run.num_gpus, host_gpus(catalog.gpu(gpu)))
     if not counts:
         return f"no known offer of {gpu}; a file of your own may have one (--prices)"
     if not timed:
-        return f"no time of a step is known on {gpu}, and so no cost"
+        return f"{untimed(run, gpu)}, and so no cost"
     return f"no known offer has {needed} {gpu} in one host, the largest {max(counts)}; a file may (--prices)"
+
+
+def untimed(run: TrainingOptions, gpu: str) -> str:
+    """Why no time of a step is known, in words."""
+    if run.cpu_offload and run.parallel.startswith("zero"):
+        return "what DeepSpeed's optimizer takes in host memory is not measured, so no time of a step is known"
+    return f"the rates of {gpu} are not known, so no time of a step is"
 
 
 def costs(
@@ -120,7 +127,7 @@ def costs(
     `fits` and `step_s` answer for a GPU's name; each is asked once for a GPU, `step_s` only where the run fits. A GPU
     whose rates nobody has read has no `step_s`, and its offers are left out.
     """
-    from vramplan.planner.links import HOST_GPUS  # who asks for a step's time has it
+    from vramplan.planner.links import host_gpus  # who asks for a step's time has it
 
     size = work(run)
     seconds: dict[str, Range | None] = {}
@@ -129,7 +136,7 @@ def costs(
         if offer.gpu not in seconds:
             seconds[offer.gpu] = step_s(offer.gpu) if fits(offer.gpu) else None
         each = seconds[offer.gpu]
-        if each is not None and offer.gpu_count >= min(run.num_gpus, HOST_GPUS):
+        if each is not None and offer.gpu_count >= min(run.num_gpus, host_gpus(catalog.gpu(offer.gpu))):
             answers.append(cost(size, offer, each, run.num_gpus))
     return cheapest_first(answers)
 

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from vramplan.planner.catalog import Gpu
 
-HOST_GPUS = 8  # GPUs of one host, where NVLink joins no more
+HOST_GPUS = 8  # GPUs of one host, where a card's are not known to be fewer
 # Of NVLink's bytes in one direction, in the middle, at the fast and at the slow end. NCCL 2.28 between two H200s (NV18,
 # NCCL_NVLS_ENABLE=0): all_gather and reduce_scatter of 512 MiB and 1 GiB 0.52 to 0.58, of 128 MiB 0.45 to 0.48;
 # all_reduce of 1 GiB 0.72.
 _NVLINK = (0.55, 0.70, 0.40)
-_WIRE = (0.7, 0.9, 0.4)  # the same of PCIe and of a network: assumed
-# Bytes a second of PCIe with 16 lanes, and of the network card that each GPU of an NVLink host has: HDR or NDR
-# InfiniBand of the makers' own hosts (DGX-1 100, DGX A100 200, DGX H100 400, DGX B300 800 Gb/s).
-PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9, 6: 128e9}
-_CARD_PER_S = {3: 12.5e9, 4: 25e9, 5: 50e9, 6: 100e9}
-_ONE_CARD_PER_S = 12.5e9  # of a whole host without NVLink between its GPUs: 100 Gb/s, as such instances are let
+_WIRE = (0.7, 0.9, 0.4)  # the same of PCIe: assumed
+# The same of a network, and at its slow end of a quarter of it: 400 Gb/s are let for eight A100s whose maker gives them
+# 1,600.
+_NETWORK = (0.7, 0.9, 0.175)
+# Bytes a second of PCIe with 16 lanes, and of the network for each GPU of an NVLink host, as the makers' own have it
+# (Gb/s: DGX-1 400 for eight, DGX A100 200 each, DGX H100 400 each).
+PCIE_PER_S = {3: 16e9, 4: 32e9, 5: 64e9}
+_CARD_PER_S = {3: 6.25e9, 4: 25e9, 5: 50e9}
+_ONE_CARD_PER_S = (12.5e9, 50e9, 12.5e9)  # of a whole host without NVLink: instances of 100 to 400 Gb/s are let
 # Microseconds to begin: all_gather and reduce_scatter of 1 to 64 MiB took 32 to 62 more than their bytes do at that
 # share (tables/sharing_times.json); the fast end is NCCL's own figure.
 _START = (40.0, 14.0, 62.0)
@@ -48,30 +51,34 @@ class Link(NamedTuple):
 
 
 def pcie_per_s(gpu: Gpu) -> float:
-    """Bytes a second of a GPU's PCIe in one direction; of one that is not known generation 4."""
+    """Bytes a second to host memory in one direction: PCIe's, of generation 4 where none is known; GH200's NVLink."""
+    if gpu.nvlink_gpus == 1 and gpu.nvlink_gb_s:
+        return gpu.nvlink_gb_s / 2 * 1e9
     return PCIE_PER_S.get(gpu.pcie_gen or 4, PCIE_PER_S[4])
 
 
-def host_gpus(gpu: Gpu) -> int:
-    """GPUs that are joined without a network."""
-    joined = gpu.nvlink_gpus or 0
-    return joined if joined == 1 else max(HOST_GPUS, joined)
+def host_gpus(gpu: Gpu | None) -> int:
+    """The most GPUs of one host."""
+    return gpu.host_gpus or HOST_GPUS if gpu else HOST_GPUS
+
+
+def joined(gpu: Gpu) -> int:
+    """GPUs that are joined without a network: those of a host, or of a rack that NVLink joins."""
+    return max(host_gpus(gpu), gpu.nvlink_gpus or 0)
 
 
 def links(gpu: Gpu, num_gpus: int) -> tuple[Link, Link, Link]:
     """What joins so many of a GPU: in the middle, at the fast and at the slow end."""
     if num_gpus == 1:
         return Link(), Link(), Link()
-    here = min(num_gpus, host_gpus(gpu))
+    here = min(num_gpus, joined(gpu))
     hosts = -(-num_gpus // here)
     by_nvlink = _by_nvlink(gpu, here)
     made = []
     for i, protocol in enumerate((0, 0, 1)):
-        per_s = _NVLINK[i] * (gpu.nvlink_gb_s or 0) / 2 * 1e9 if by_nvlink else _WIRE[i] * pcie_per_s(gpu)
-        if here == 1:
-            per_s = math.inf
+        per_s = math.inf if here == 1 else _NVLINK[i] * _nvlink_per_s(gpu, here) if by_nvlink else _WIRE[i] * _pcie(gpu)
         if hosts > 1:
-            per_s = min(per_s, _WIRE[i] * _network_per_s(gpu))
+            per_s = min(per_s, _NETWORK[i] * _network_per_s(gpu, i))
         by = 0 if by_nvlink else 1
         inside, between = _RING[protocol][by], _RING[protocol][2]
         ring = (num_gpus - hosts) * inside + (hosts - 1) * between
@@ -83,25 +90,45 @@ def links(gpu: Gpu, num_gpus: int) -> tuple[Link, Link, Link]:
 
 
 def assumed(gpu: Gpu, num_gpus: int) -> str:
-    """What `links` takes for granted there, in a sentence; "" where it is NVLink within a host."""
-    here = host_gpus(gpu)
-    reach = f"of which collectives reach {_WIRE[0]:.0%}; none of it is measured"
+    """What `links` takes for granted there, in a sentence; "" where it is what was measured: NVLink between H200s."""
+    here = joined(gpu)
     if num_gpus > here:
-        per_s = _network_per_s(gpu) * 8 / 1e9
+        per_s = _network_per_s(gpu, 0) * 8 / 1e9
         hosts = "each GPU a host of its own" if here == 1 else f"hosts of {here} GPUs"
-        return f"the step's time assumes {hosts} and a network of {per_s:,.0f} Gb/s for each host, {reach}"
-    if num_gpus == 1 or _by_nvlink(gpu, num_gpus):
+        return (
+            f"the step's time assumes {hosts} and a network of {per_s:,.0f} Gb/s for each, of which collectives reach "
+            f"{_NETWORK[0]:.0%}; what is let may have less, and none of it is measured"
+        )
+    if num_gpus == 1:
         return ""
-    joined = f"NVLink joins {gpu.nvlink_gpus} of them at most, so " if gpu.nvlink_gpus else ""
-    return f"{joined}the step's time assumes PCIe {gpu.pcie_gen or 4} with 16 lanes for each GPU, {reach}"
+    if not _by_nvlink(gpu, num_gpus):
+        most = f"NVLink joins {gpu.nvlink_gpus} of them at most, so " if gpu.nvlink_gpus else ""
+        return (
+            f"{most}the step's time assumes PCIe {gpu.pcie_gen or 4} with 16 lanes for each GPU, of which collectives "
+            f"reach {_WIRE[0]:.0%}; none of it is measured"
+        )
+    if gpu.name == "h200":
+        return ""
+    bridge = "the NVLink bridge that joins two of them, and " if gpu.nvlink_gpus == 2 else ""
+    return f"the step's time assumes {bridge}that collectives reach {_NVLINK[0]:.0%} of NVLink, as measured on H200s"
 
 
 def _by_nvlink(gpu: Gpu, here: int) -> bool:
-    return here <= (gpu.nvlink_gpus or 0) and bool(gpu.nvlink_gb_s)
+    return 1 < here <= (gpu.nvlink_gpus or 0) and bool(gpu.nvlink_gb_s)
 
 
-def _network_per_s(gpu: Gpu) -> float:
+def _nvlink_per_s(gpu: Gpu, here: int) -> float:
+    """Bytes a second in one direction; in a mesh, of the links to so many of the others alone."""
+    used = min(1.0, (here - 1) / gpu.nvlink_mesh) if gpu.nvlink_mesh else 1.0
+    return used * (gpu.nvlink_gb_s or 0) / 2 * 1e9
+
+
+def _pcie(gpu: Gpu) -> float:
+    return PCIE_PER_S.get(gpu.pcie_gen or 4, PCIE_PER_S[4])
+
+
+def _network_per_s(gpu: Gpu, end: int) -> float:
     """Bytes a second that leave a host in one direction: over all of its cards together."""
     if gpu.nvlink_gpus in (None, 2):
-        return _ONE_CARD_PER_S
-    return host_gpus(gpu) * _CARD_PER_S.get(gpu.pcie_gen or 4, _CARD_PER_S[4])
+        return _ONE_CARD_PER_S[end]
+    return joined(gpu) * _CARD_PER_S.get(gpu.pcie_gen or 4, _CARD_PER_S[4])

@@ -10,6 +10,7 @@ from vramplan.planner import around, blocks, sharding, trl, units
 from vramplan.planner.allocator import Allocator, Streams
 from vramplan.planner.device import nccl_bytes
 from vramplan.planner.errors import UsageError
+from vramplan.planner.layers import Moe
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, Stretch, alive
 from vramplan.planner.trainer import TRAINERS
@@ -112,6 +113,7 @@ class MemoryEstimate:
     paged_bytes: int = 0
     nccl_bytes: int = 0  # of `context_bytes`: what NCCL takes where several GPUs share the run
     notes: tuple[str, ...] = ()
+    sharing_notes: tuple[str, ...] = ()  # those of `notes` that say how several GPUs share the run
     retries: int = 0
     out_of_memory: str = ""
     phase: str = "training"
@@ -226,7 +228,8 @@ def estimate(
         "training", "", made.peak_allocated_bytes, made.peak_reserved_bytes, made.peak_phase, made.components,
         made.timeline,
     )  # fmt: skip
-    made = replace(made, phases=(steps,))
+    shared_how = tuple(run.sharing.notes(run)) if run.sharing else ()
+    made = replace(made, phases=(steps,), sharing_notes=shared_how)
     if options.phases != ("training",) and not made.out_of_memory:
         from vramplan.planner import phases
 
@@ -441,11 +444,17 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
             "PEFT's generate goes past accelerate's autocast, so what prepare_kbit made float32 generates in float32, "
             "attention too; a torch.autocast around it keeps that in 16 bit"
         )
+    experts = s.method == "qlora" and any(isinstance(layer.mlp, Moe) for layer in run.architecture.kinds)
+    if experts:
+        notes.append(
+            f"the experts of {run.architecture.model_type} are single tensors in transformers, which bitsandbytes does "
+            "not quantise: they stay whole, so LoRA takes little more than QLoRA"
+        )
     if s.frozen_dtype != s.weights_dtype and options.parallel in ("none", "ddp", "fsdp"):
         wide = 4 * run.plain_parameters
         notes.append(
-            f"prepare_kbit holds embeddings, norms and head in float32: {units.format_gib(wide)}, twice their size "
-            "in 16 bit; --no-prepare-kbit keeps them as they are"
+            f"prepare_kbit holds embeddings, norms{', experts' * experts} and head in float32: "
+            f"{units.format_gib(wide)}, twice their size in 16 bit; --no-prepare-kbit keeps them as they are"
         )
     if run.paged_bytes:
         notes.append(
@@ -466,7 +475,12 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
         names = " and ".join(sorted(run.kernels))
         notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
     if run.sharing is not None:
-        notes += run.sharing.notes(run)
+        notes += made.sharing_notes
+        if options.parallel == "zero3" and s.checkpointing and on.torch < (2, 13):
+            notes.append(
+                "DeepSpeed 0.19.8's ZeRO 3 failed with checkpointing on torch 2.11, where it was tried; it ran with "
+                "--no-gradient-checkpointing, and with torch 2.13 on a CPU"
+            )
         nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
         groups = nccl - nccl_bytes(options.num_gpus)[0]
         if groups or measured != options.num_gpus or on.gpu is None or on.gpu.name != "h200":

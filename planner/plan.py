@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vramplan import __version__
-from vramplan.planner import catalog, memory, parameters
+from vramplan.planner import catalog, links, memory, parameters
 from vramplan.planner.architecture import parse
 from vramplan.planner.device import device
 from vramplan.planner.errors import UsageError, shown
 from vramplan.planner.fit import Fit, fit_on, judged
-from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.parameters import ParameterCounts
 from vramplan.planner.sources import ModelReference, resolve_model
 from vramplan.planner.stack import Stack, parse_stack
@@ -104,10 +103,10 @@ class Plan:
         holding = [fit.gpu.name for fit in self.gpus if fit.fits and not fit.lacks and fit.gpu.name in let]
         if not holding:
             return "no GPU that is let by the hour holds it"
-        largest = max(max(offer.gpu_count for offer in found if offer.gpu == name) for name in holding)
-        if largest < min(self.options.num_gpus, HOST_GPUS):
-            return f"what holds it is let with {largest} GPUs in one host at most; a file may have more (--prices)"
-        return "no time of a step is known, and so no cost"
+        if self.options.cpu_offload and self.options.parallel.startswith("zero"):
+            return f"{cost.untimed(self.options, '')}, and so no cost"
+        largest = max(offer.gpu_count for offer in found if offer.gpu in holding)
+        return f"what holds it is let with {largest} GPUs in one host at most; a file may have more (--prices)"
 
     def sizes(self) -> tuple[Component, ...]:
         """What the run needs beside the GPU: the download, host memory, checkpoints, disk."""
@@ -120,7 +119,9 @@ class Plan:
         run = None
         if self.options.cpu_offload:
             run = memory.run_of(self.architecture, self.options, self.device, self.counts)
-        return sizes.sizes(built, self.counts, self.options, steps, published, hub_total, run)
+        return sizes.sizes(
+            built, self.counts, self.options, steps, published, hub_total, run, links.host_gpus(self.gpu)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON, by the contract: integers are bytes, unknown later keys are to be ignored by readers."""

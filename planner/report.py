@@ -97,7 +97,7 @@ def plan_page(plan: Plan, *, explain: bool = False, advice: bool = False, timeli
     page = [Block("", "<", top), _parameters(plan), _memory(plan), *_phases(plan), _gpus(plan.gpus)]
     if plan.time:
         page.append(_time(plan.time))
-    page += [_costs(plan, costs), _sizes(sizes)]
+    page += [_costs(plan, costs), _sizes(sizes, plan.options.num_gpus)]
     if advice:
         page.append(_advice(plan))
     if timeline:
@@ -313,7 +313,7 @@ def short(value: float) -> str:
 
 def gpus_in_use(gpu: str, num_gpus: int) -> str:
     """GPUs that a run uses."""
-    return gpu if num_gpus == 1 else f"{num_gpus} x {gpu}"
+    return gpu if num_gpus == 1 else f"{num_gpus:,} x {gpu}"
 
 
 def offered(made: Cost) -> str:
@@ -326,8 +326,9 @@ def offered(made: Cost) -> str:
     return ", ".join(filter(None, [offer.provider, count, f"{offer.kind} {offer.date}", sessions]))
 
 
-def _sizes(parts: Iterable[Component]) -> Block:
-    return Block("Beside the GPU", "<>", [Row((part.name, format_bytes(part.bytes))) for part in parts])
+def _sizes(parts: Iterable[Component], num_gpus: int) -> Block:
+    heading = "Beside the GPU" if num_gpus == 1 else "Beside the GPUs; host memory is that of one host"
+    return Block(heading, "<>", [Row((part.name, format_bytes(part.bytes))) for part in parts])
 
 
 def _shown_parts(plan: Plan, digits: int) -> tuple[list[str], list[int]]:

@@ -34,8 +34,12 @@ def print_fit(found: Capacity) -> None:
 
 def fit_page(found: Capacity) -> list[Block]:
     """The same as blocks."""
-    top = [Row((recipe(found.model.name, found.options),), "bold")]
-    if found.asked.fit:
+    shared = found.gpus[-1][1].options if found.gpus else None
+    what = recipe(found.model.name, shared or found.options)
+    if shared:
+        what = what.replace(f"{shared.num_gpus:,} GPUs", "some number of GPUs")
+    top = [Row((what,), "bold")]
+    if found.asked.fit and not found.gpus:
         first, style = verdict(found.asked.fit.to_dict())
         top.append(Row((f"as asked it {first[0]}",), style))
     page = [Block("", "<", top)]
@@ -67,8 +71,8 @@ def fit_page(found: Capacity) -> list[Block]:
 
 def _no_more(last: Trial) -> str:
     if last.runs_out in ALONE:
-        return "do not help: each loads the whole model"
-    return "do not help: what each holds by itself is too much"
+        return "do not help: each loads the whole model, as from_pretrained does without a device_map"
+    return "do not help: what each holds by itself, padding included, is too much"
 
 
 def _limit(limit: Limit) -> Row:
@@ -89,7 +93,7 @@ def _failing(size: Size) -> str:
 def _lacking(trial: Trial) -> str:
     lacking = -trial.fit.headroom_bytes if trial.fit else 0
     too_much = format_gib(lacking) if lacking > GIB // 100 else format_bytes(lacking)
-    return f"runs out of memory in {trial.runs_out!r}: {too_much} too much"
+    return f"runs out of memory in {trial.runs_out!r}: {too_much} too much with its cache"
 
 
 def _spare(trial: Trial) -> str:
@@ -121,7 +125,9 @@ def _frontier(cells: tuple[Cell, ...], gpu: str) -> Block:
 
 def _one_frontier(cells: tuple[Cell, ...]) -> Iterator[Row]:
     fastest = max((cell.time.tokens_per_s for cell in cells if cell.time), default=None)
-    yield Row(("seq_len", "batch_size", "tokens", "to spare", "tokens/s" if fastest else "", ""), "dim")
+    several = any(cell.trial and cell.trial.options and cell.trial.options.num_gpus > 1 for cell in cells)
+    own, all_of_them = ("tokens of each", "tokens/s of all") if several else ("tokens", "tokens/s")
+    yield Row(("seq_len", "batch_size", own, "to spare", all_of_them if fastest else "", ""), "dim")
     for cell in cells:
         length = format_count(cell.seq_len)
         if cell.batch_size is None or cell.trial is None:
@@ -157,6 +163,7 @@ def _fit_notes(found: Capacity) -> Iterator[str]:
             "what fits only just survives because PyTorch gives its cache back, which costs time; the largest fits "
             "with its whole cache"
         )
+    yield from found.sharing
     yield from found.warnings
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 COPY_IN, REDUCE = 1, 2  # FSDP's all_gather_copy_in_stream and reduce_scatter_stream
 STREAMS = 3
+PADDED = 1.1  # so many times as large as without padding is worth a word
 GATHERED, BUFFERS = "gathered weights", "communication buffers"
 BUCKETS, MASTER = "gradient buckets", "master weights"
 SOURCES = {
@@ -94,7 +95,8 @@ def rows_of(rows: int, ranks: int, rank: int) -> int:
 class Share:
     """One parameter: its whole shape, the dtype that its shards are held in, and the dtype in which it is gathered.
 
-    `quantised`: they are pairs of 4-bit weights, stored as numbers of that dtype.
+    `quantised`: they are pairs of 4-bit weights, stored as numbers of that dtype. `flat`: it is cut as one row of
+    numbers (DeepSpeed), and not along its first dimension; `stays`: it is always whole there.
     """
 
     name: str
@@ -103,6 +105,8 @@ class Share:
     gathered: str
     trained: bool
     quantised: bool = False
+    flat: bool = False
+    stays: bool = False
 
     @property
     def kept(self) -> str:
@@ -117,6 +121,8 @@ class Share:
 
     def local(self, ranks: int) -> Shape:
         """The first rank's slice, which all others are padded to (_fsdp_param.py, padded_sharded_param_size)."""
+        if self.flat:
+            return (-(-prod(self.shape) // ranks),)
         return (rows_of(self.shape[0], ranks, 0), *self.shape[1:])
 
 
@@ -136,11 +142,12 @@ class Unit:
 
     def cast(self, ranks: int) -> int:
         """Bytes of the shards that are cast before they are gathered (_get_param_all_gather_inputs)."""
-        return sum(prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if s.gathered != s.dtype)
+        cast = (s for s in self.shares if s.gathered != s.dtype and not s.stays)
+        return sum(prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in cast)
 
     def whole(self, ranks: int) -> list[int]:
         """Bytes of each parameter as it comes out of an all-gather: every rank's padded slice."""
-        return [ranks * prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares]
+        return [ranks * prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if not s.stays]
 
     def reduced(self, ranks: int) -> tuple[int, int]:
         """Elements of this rank's slices of all gradients, and bytes of an element in the trained weights' dtype."""
@@ -415,13 +422,23 @@ class Fsdp:
         if s.method == "full" and s.autocast and s.weights_dtype != "fp32":
             found.append(
                 "accelerate holds trained weights in float32 under fsdp with mixed precision, whole in each rank's "
-                f"host memory until it has sharded them, and gathers them in {s.autocast}; --mixed-precision no keeps "
-                f"them in {s.weights_dtype}"
+                f"host memory until it has sharded them (with fsdp_config's cpu_ram_efficient_loading in the first's "
+                f"alone), and gathers them in {s.autocast}; --mixed-precision no keeps them in {s.weights_dtype}"
             )
         if s.method == "qlora":
             found.append(
                 f"4-bit weights are stored as {s.autocast or s.weights_dtype} (bnb_4bit_quant_storage), so that they "
                 "are sharded; as uint8, the default, each GPU would keep them whole"
+            )
+        shares = [share for unit in self.units(run).all for share in unit.shares]
+        padded = self.ranks * sum(prod(share.local(self.ranks)) for share in shares)
+        real = sum(prod(share.shape) for share in shares)
+        if padded > PADDED * real:
+            worst = max(shares, key=lambda share: self.ranks * prod(share.local(self.ranks)) - prod(share.shape))
+            found.append(
+                f"fully_shard cuts weights along their first dimension, so over {self.ranks:,} GPUs all together are "
+                f"padded to {padded / real:.1f} times their size: {worst.name} has {worst.shape[0]} rows; "
+                "--parallel zero3 cuts them as one row"
             )
         if run.accumulation > 1:
             whole = sum(run.program.sizes[g] for g in run.first_micro_step.grads)

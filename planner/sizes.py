@@ -61,7 +61,9 @@ def download(architecture: Architecture, dtype: str, elements: int | None = None
     )
 
 
-def host_memory(architecture: Architecture, options: TrainingOptions, published: str) -> Component:
+def host_memory(
+    architecture: Architecture, options: TrainingOptions, published: str, host_gpus: int = HOST_GPUS
+) -> Component:
     """Host memory that loading takes beside the processes themselves and beside the file's pages, which the kernel can
     drop; of several GPUs, for all ranks of one host.
 
@@ -71,7 +73,7 @@ def host_memory(architecture: Architecture, options: TrainingOptions, published:
     """
     held = _held(options) if options.method == "full" and options.parallel == "fsdp" else options.weights_dtype
     itemsize = ITEMSIZE[held]
-    ranks = min(options.num_gpus, HOST_GPUS)
+    ranks = min(options.num_gpus, host_gpus)
     each = f", on each of {ranks} ranks of a host" if ranks > 1 else ""
     where = "transformers/modeling_utils.py, safe_open(backend='mmap'); core_model_loading.py, _materialize_copy"
     if held == published:
@@ -88,11 +90,11 @@ def host_memory(architecture: Architecture, options: TrainingOptions, published:
     return Component("host memory, loading", ranks * total * itemsize, how, where)
 
 
-def offloaded(run: Run, num_gpus: int) -> Component | None:
+def offloaded(run: Run, num_gpus: int, host_gpus: int = HOST_GPUS) -> Component | None:
     """Host memory that all ranks of one host take for what is offloaded, once they train; None where nothing is."""
     if run.sharing is None or not (parts := run.sharing.in_host_memory(run)):
         return None
-    ranks = min(num_gpus, HOST_GPUS)
+    ranks = min(num_gpus, host_gpus)
     how = " + ".join(f"{format_bytes(size)} of {name}" for name, size in parts.items())
     return Component(
         "host memory, offload",
@@ -105,7 +107,8 @@ def offloaded(run: Run, num_gpus: int) -> Component | None:
 def gathered(weights: Component, states: Component, options: TrainingOptions) -> Component | None:
     """Host memory that saving takes on the first rank of all, where what was sharded is put together again; else None.
 
-    Under FSDP the weights, then the optimizer's states, one after the other; under ZeRO 3 the weights alone.
+    Under FSDP the weights, then the optimizer's states, one after the other; under ZeRO 3 an adapter alone, since
+    accelerate's zero3_save_16bit_model is off.
     """
     if options.parallel == "fsdp":
         largest = max((weights, states), key=lambda part: part.bytes)
@@ -115,12 +118,12 @@ def gathered(weights: Component, states: Component, options: TrainingOptions) ->
             f"what {largest.name} holds, put together on the first rank; with SHARDED_STATE_DICT the weights alone",
             "accelerate/utils/fsdp_utils.py, save_fsdp_optimizer; torch/distributed/checkpoint/state_dict.py",
         )
-    if options.parallel == "zero3":
+    if options.parallel == "zero3" and options.lora:
         return Component(
             "host memory, saving",
             weights.bytes,
             f"what {weights.name} holds, put together on the first rank",
-            "deepspeed/runtime/engine.py, _zero3_consolidated_16bit_state_dict",
+            "transformers/trainer.py, save_model; deepspeed/runtime/engine.py, _zero3_consolidated_16bit_state_dict",
         )
     return None
 
@@ -197,7 +200,8 @@ def disk(base: Component, saved: tuple[Component, ...], steps: int) -> Component
     return Component(
         "disk",
         base.bytes + kept * each,
-        f"the download and {format_count(kept)} checkpoints of {format_count(each)} B, one each {SAVE_STEPS} steps",
+        f"the download and {format_count(kept)} checkpoint{'s' * (kept > 1)} of {format_count(each)} B, one each "
+        f"{SAVE_STEPS} steps",
         "transformers/trainer_callback.py, DefaultFlowCallback; training_args.py, save_total_limit",
     )
 
@@ -210,19 +214,20 @@ def sizes(
     published: str | None,
     elements: int | None = None,
     run: Run | None = None,
+    host_gpus: int = HOST_GPUS,
 ) -> tuple[Component, ...]:
     """Every size above: the download, host memory, a checkpoint's two large files, and disk.
 
-    `run` is played for what is offloaded; `published` is the dtype of the weights' files: bf16 is assumed, and said to
-    be, where that is None.
+    `run` is played for what is offloaded; `host_gpus` are the most GPUs of one host; `published` is the dtype of the
+    weights' files: bf16 is assumed, and said to be, where that is None.
     """
     dtype = published or _MOST
-    base, host = download(architecture, dtype, elements), host_memory(architecture, options, dtype)
+    base, host = download(architecture, dtype, elements), host_memory(architecture, options, dtype, host_gpus)
     if published is None:
         assumed = f"; {dtype} is assumed, the config names no dtype"
         base, host = (replace(part, formula=part.formula + assumed) for part in (base, host))
     saved = checkpoint(architecture, counts, options)
-    kept = None if run is None else offloaded(run, options.num_gpus)
+    kept = None if run is None else offloaded(run, options.num_gpus, host_gpus)
     put_together = gathered(_weights(architecture, counts, options), saved[-1], options)
     beside = [part for part in (host, kept, put_together) if part]
     return base, *beside, *saved, disk(base, saved, steps)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vramplan.planner import catalog, prices
 from vramplan.planner.architecture import parse
+from vramplan.planner.cost import untimed
 from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.plan import _count
 from vramplan.planner.plan import plan as make
@@ -179,7 +180,7 @@ def _fit(of: Callable[[Fit], object]) -> Callable[[Answer], object]:
 
 def _time(of: Callable[[Any], object]) -> Callable[[Answer], object]:
     return lambda a: (
-        of(a.plan.time) if a.plan.time else Missing("this GPU's rates, or what the run does, are not known")
+        of(a.plan.time) if a.plan.time else Missing(untimed(a.run, a.plan.gpu.name if a.plan.gpu else "this GPU"))
     )
 
 
@@ -374,7 +375,7 @@ def _cell(place: _Place, columns: tuple[str, ...], question: Question, drawn: bo
     if _OF_AN_OFFER & set(columns) and not isinstance(answer.cheapest, Missing):
         offer = answer.cheapest.offer
     if not all(COLUMNS[name].light for name in columns):
-        warnings = answer.plan.warnings
+        warnings = (*answer.plan.warnings, *answer.plan.memory.sharing_notes)
         if _TIMED & set(columns) and answer.plan.time and answer.plan.time.assumed:
             warnings += (f"{answer.run.num_gpus:,} x {question.gpu}: {answer.plan.time.assumed}",)
         if learned := answer.plan.device.calibration:

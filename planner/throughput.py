@@ -359,7 +359,7 @@ def _follow(stretch: Sequence[Section], c: Ceilings) -> float:
         host += launching
         gpu = max(gpu + running, host)
         if section.reduced:
-            latency = section.sums * c.link.sum_s if section.sums else c.link.gather_s
+            latency = c.link.gather_s if section.sums is None else section.sums * c.link.sum_s
             link = max(link, gpu) + latency + section.reduced / c.link.per_s
             store = max(store, link) + section.stored / c.pcie_per_s
             gpu = max(gpu, link) if section.waits else gpu

@@ -90,7 +90,7 @@ class Section:
     by: str = ""  # the optimizer
     gathered: int = 0  # bytes over each GPU's link before it begins,
     reduced: int = 0  # and after it,
-    sums: float = 0.0  # all-reduces among these,
+    sums: int | None = None  # by so many all-reduces, or by a reduce-scatter,
     waits: bool = False  # for which the GPU waits;
     fetched: int = 0  # bytes from host memory before those,
     stored: int = 0  # and into it after these

@@ -178,6 +178,10 @@ class Bench:
         failing = closely and not fit.fits
         return Trial(options, fit, self._replay(options, room_bytes).out_of_memory if failing else "")
 
+    def sharing_notes(self, options: TrainingOptions | None) -> tuple[str, ...]:
+        """How several GPUs share such a run, in sentences."""
+        return self._replay(options).sharing_notes if options and options.num_gpus > 1 else ()
+
     def time(self, options: TrainingOptions) -> StepTime | None:
         """What a step takes there; None where the GPU's rates are not known."""
         from vramplan.planner import throughput

@@ -377,7 +377,7 @@ class Zero3(Zero):
 
             def held(share: Share) -> Share:
                 dtype = share.dtype if share.trained and run.loaded.method == "lora" else share.gathered
-                return replace(share, dtype=dtype, gathered=dtype)
+                return replace(share, dtype=dtype, gathered=dtype, flat=True, stays=prod(share.shape) <= PERSISTENT)
 
             def each(unit: Unit) -> Unit:
                 return Unit(tuple(map(held, unit.shares)), True)
@@ -449,7 +449,7 @@ class Zero3(Zero):
             part, size = share.part(run.loaded.method), prod(share.shape)
             whole = program.new(size * ITEMSIZE[share.dtype], "weight, always whole", part, share.name)
             shard = program.new(-(-size // self.ranks) * ITEMSIZE[share.dtype], share.kept, part, share.name)
-            parted = [*([] if self.cpu_offload else [2 * shard]), *([2 * whole + 1] if size > PERSISTENT else [])]
+            parted = [*([] if self.cpu_offload else [2 * shard]), *([] if share.stays else [2 * whole + 1])]
             if added and not quantised:  # PEFT makes an adapter whole, and the engine partitions it
                 adapter.append(2 * whole)
                 events += parted
@@ -507,7 +507,7 @@ def _visits(run: Run, made: MicroStep, units: Units) -> Iterator[Visit]:
     prefix, checkpointing = run.architecture.layer_prefix, run.settings.checkpointing
 
     def wanted(shares: Iterable[Share]) -> tuple[Share, ...]:
-        return tuple(s for s in shares if prod(s.shape) > PERSISTENT)
+        return tuple(s for s in shares if not s.stays)
 
     def after(place: int) -> Place:
         return (place, len(made.stretches[place].events))

@@ -181,7 +181,7 @@ def test_more_gpus_that_hold_as_much_are_not_tried() -> None:
     found = fit("qwen2.5-0.5b", gpu="5GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp")
     assert [number for number, _ in found.gpus] == [1, 2, 4]
     assert not found.fits
-    assert "do not help: what each holds by itself is too much" in "\n".join(plain(fit_page(found)))
+    assert "do not help: what each holds by itself" in "\n".join(plain(fit_page(found)))
     alone = fit("qwen2.5-0.5b", gpu="24GiB", over="num_gpus", method="full", seq_len=256, parallel="ddp")
     assert [number for number, _ in alone.gpus] == [1]
     assert alone.command == "vramplan qwen2.5-0.5b --method full --seq-len 256 --gpu 24GiB"

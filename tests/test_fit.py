@@ -15,11 +15,15 @@ from vramplan.planner.fit import Boundary, judged, largest, largest_with, room_b
 CARD = Gpu("card", "a card", budget_bytes=1000, bf16=False)
 
 
-def played(reserved: int, allocated: int | None = None, *, retries: int = 0, out_of_memory: str = "") -> Any:
+def played(
+    reserved: int, allocated: int | None = None, *, before: int = 0, retries: int = 0, out_of_memory: str = ""
+) -> Any:
     """A replay on a card whose context takes 150 bytes, 50 of them the driver's own."""
     return SimpleNamespace(
         peak_allocated_bytes=reserved if allocated is None else allocated,
         needed_bytes=reserved + 100,
+        most_reserved_bytes=reserved,
+        before_reserved_bytes=before,
         context_bytes=150,
         hidden_bytes=50,
         retries=retries,
@@ -51,6 +55,12 @@ def test_too_much_cache_is_judged_by_the_replay_within_the_room(ending: dict[str
     assert (asked, fit.fits, fit.needed_bytes, fit.headroom_bytes) == ([900], fits, 1100, -100)
     assert fit.retries == (3 if fits else None)
     assert fit.to_dict()["fits"] is fits
+
+
+@pytest.mark.parametrize(("ending", "needed"), [({"retries": 0}, 900), ({"out_of_memory": "loading"}, 1050)])
+def test_what_is_cached_while_loading_counts_where_it_cannot_be_given_back(ending: dict[str, Any], needed: int) -> None:
+    fit = judged(CARD, played(800, before=950), lambda room: played(room, **ending))
+    assert (fit.needed_bytes, fit.fits, fit.retries) == (needed, needed <= 1000, None)
 
 
 @given(limit=st.integers(0, 3000), step=st.integers(1, 70), most=st.integers(1, 4000))

@@ -95,13 +95,19 @@ def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_the_probe(tmp_path: Path, ending: signal.Signals) -> None:
     (tmp_path / "pids").mkdir()
     case = {"does": ["wait", "wait"], "pids": str(tmp_path / "pids")}
-    code = f"from vramplan.probes import ranks; ranks._RANK = 'rank_jobs'; ranks.launch({case!r}, 2, 600)"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's & has it ignored
+        f"from vramplan.probes import ranks; ranks._RANK = 'rank_jobs'; ranks.launch({case!r}, 2, 600)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as probe:
-        until = time.monotonic() + 60
-        while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < until:
-            time.sleep(0.05)
-        probe.send_signal(ending)
-        probe.wait(30)
+        try:
+            until = time.monotonic() + 60
+            while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < until:
+                time.sleep(0.05)
+            probe.send_signal(ending)
+            probe.wait(30)
+        finally:
+            probe.kill()
     nothing_is_left(tmp_path)
 
 

@@ -190,7 +190,7 @@ def test_under_a_limit() -> None:
     for end in ends:
         assert end.peak_reserved_bytes <= free.peak_reserved_bytes
         assert sum(part.bytes for part in end.components) == end.peak_allocated_bytes
-        assert end.retries > 0
+        assert end.retries > 0 or end.out_of_memory == "loading"
     survived = [not end.out_of_memory for end in ends]
     assert survived == sorted(survived, reverse=True)
 

@@ -256,3 +256,26 @@ def test_stage_3_overlaps_and_the_others_do_not() -> None:
     for stage, words in ((1, "without overlap_comm"), (2, "without overlap_comm"), (3, "with overlap_comm")):
         notes = plan(TINY, method="full", num_gpus=2, parallel=f"zero{stage}").memory.notes
         assert any(note.endswith(words) for note in notes)
+
+
+def test_bytes_over_the_links_are_as_many_for_more_gpus() -> None:
+    """ZeRO 3 cuts a weight as one row of numbers; fully_shard pads three rows to a row for each of 16 GPUs."""
+    config = TINY | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 1}
+
+    def gathered(parallel: str, num_gpus: int) -> int:
+        run = run_of(config, method="full", parallel=parallel, num_gpus=num_gpus)
+        return sum(section.gathered * times for stretch, times in throughput.work(run).stretches for section in stretch)
+
+    assert gathered("zero3", 16) * 3 / 4 == pytest.approx(gathered("zero3", 4) * 15 / 16, rel=0.01)
+    assert gathered("fsdp", 16) > 3 * gathered("fsdp", 4)
+    note = plan(config, method="full", seq_len=16, num_gpus=16, parallel="fsdp").memory.sharing_notes[-1]
+    assert "experts.gate_up_proj has 3 rows; --parallel zero3" in note
+
+
+@pytest.mark.parametrize(
+    ("torch", "checkpointing", "said"), [("2.11", True, True), ("2.11", False, False), ("2.13", True, False)]
+)
+def test_where_zero_3_failed_is_said(torch: str, checkpointing: bool, said: bool) -> None:
+    asked: dict[str, Any] = {"num_gpus": 2, "parallel": "zero3", "gradient_checkpointing": checkpointing}
+    made = plan("gpt2", stack=f"torch={torch}", seq_len=64, **asked)
+    assert any("failed with checkpointing on torch 2.11" in note for note in made.memory.notes) is said
