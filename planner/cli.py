@@ -337,11 +337,12 @@ def fit(
     """
     asked = _question(config, model=model, **options)
     from vramplan.planner import capacity, report, report_decide
+    from vramplan.planner.parallel import in_order
 
     _ready(plot)
 
     def each(searches: Sequence[Callable[[], Any]]) -> Iterable[Any]:
-        return (search() for search in report.tracked(searches, len(searches), "searching"))
+        return report.tracked(in_order(searches), len(searches), "searching")
 
     asked.pop("prices", None)  # of a profile that is for plans as well
     varied = {} if over is None else {"over": over}

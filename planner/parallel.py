@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vramplan.planner.errors import Failure
@@ -45,6 +46,21 @@ def completed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
         if not all(future.done() and not future.cancelled() for future in futures):
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # what it is at, nobody waits for any more
+
+
+def in_order(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """The same in the tasks' own order, each as soon as those before it have come."""
+    found: dict[int, Any] = {}
+    wanted = 0
+    for i, answer in completed([partial(_numbered, i, task) for i, task in enumerate(tasks)]):
+        found[i] = answer
+        while wanted in found:
+            yield found.pop(wanted)
+            wanted += 1
+
+
+def _numbered(i: int, task: Callable[[], Any]) -> tuple[int, Any]:
+    return i, task()
 
 
 def _cores() -> int:

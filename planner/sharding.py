@@ -18,7 +18,7 @@ torch/distributed/fsdp/_fully_shard/, accelerate/accelerator.py (_prepare_fsdp2)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -121,9 +121,14 @@ class Share:
 
     def local(self, ranks: int) -> Shape:
         """The first rank's slice, which all others are padded to (_fsdp_param.py, padded_sharded_param_size)."""
-        if self.flat:
-            return (-(-prod(self.shape) // ranks),)
-        return (rows_of(self.shape[0], ranks, 0), *self.shape[1:])
+        return _slice(self.shape, ranks, self.flat)
+
+
+@lru_cache(maxsize=4096)  # a model has few shapes, and each many times
+def _slice(shape: Shape, ranks: int, flat: bool) -> Shape:
+    if flat:
+        return (-(-prod(shape) // ranks),)
+    return (rows_of(shape[0], ranks, 0), *shape[1:])
 
 
 _BLOCK_BYTES = 128 * 16  # that a block of threads copies
@@ -497,22 +502,27 @@ def units_of(run: Run, *, reshard: bool) -> Units:
     rest = [m for m in a.outside if m.name not in own]
     quantised = run.quantised_outside
 
-    def shares(modules: Iterable[Module], held: Held, quantised: frozenset[str], at: str = "") -> tuple[Share, ...]:
-        return tuple(share for m in modules for share in _shares(run, m, held, m.name in quantised, at))
+    def shares(modules: Iterable[Module], held: Held, quantised: frozenset[str]) -> tuple[Share, ...]:
+        return tuple(share for m in modules for share in _shares(run, m, held, m.name in quantised))
+
+    known: dict[object, tuple[Share, ...]] = {}  # of layers that are alike
+
+    def of_layer(i: int) -> tuple[Share, ...]:
+        signature = run.signatures[i]
+        if signature not in known:
+            known[signature] = shares(a.kinds[a.order[i]].modules, run.layers[i], run.quantised[i])
+        return tuple(replace(share, name=f"{a.layer_prefix}.{i}.{share.name}") for share in known[signature])
 
     return Units(
         None if tied else Unit(shares([token], run.outer, quantised), reshard),
-        tuple(
-            Unit(shares(a.kinds[kind].modules, held, run.quantised[i], f"{a.layer_prefix}.{i}."), reshard)
-            for i, (kind, held) in enumerate(zip(a.order, run.layers, strict=True))
-        ),
+        tuple(Unit(of_layer(i), reshard) for i in range(a.num_hidden_layers)),
         Unit(shares(tail, run.outer, quantised), False),
         Unit(shares(rest, run.outer, quantised), False),
         bool(norms),
     )
 
 
-def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> list[Share]:
+def _shares(run: Run, module: Module, held: Held, quantised: bool) -> list[Share]:
     """A module's parameters: its own weights, then its adapter's."""
     s = run.loaded
     low, full = s.autocast, s.method == "full"
@@ -520,7 +530,7 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
     own = ("fp32" if low else s.weights_dtype) if full else s.frozen_dtype
     found: list[Share] = []
     for weight in run.architecture.own_weights(module):
-        name = f"{at}{module.name}.{weight.name}"
+        name = f"{module.name}.{weight.name}"
         if quantised and weight.name == "weight":
             storage = low or s.weights_dtype
             packed = -(-weight.numel // 2) // ITEMSIZE[storage]  # two weights a byte, stored as numbers of that dtype
@@ -530,9 +540,7 @@ def _shares(run: Run, module: Module, held: Held, quantised: bool, at: str) -> l
             found.append(Share(name, weight.shape, dtype, low or dtype, full))
     if not full:
         dtype = s.adapter_dtype
-        found += [
-            Share(f"{at}{p.name}", p.shape, dtype, low or dtype, True) for p in held.parameters if _adapts(p, module)
-        ]
+        found += [Share(p.name, p.shape, dtype, low or dtype, True) for p in held.parameters if _adapts(p, module)]
     return found
 
 

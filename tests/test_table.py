@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from test_plan import TINY
 from vramplan import UsageError, plan
 from vramplan.planner import catalog, pasted, report_table, trial
 from vramplan.planner import table as module
-from vramplan.planner.parallel import completed
+from vramplan.planner.parallel import completed, in_order
 from vramplan.planner.report import plain
 from vramplan.planner.table import COLUMNS, Cell, Table, table
 from vramplan.planner.training import OPTIONS
@@ -603,6 +604,12 @@ def test_other_documents(name: str, marks: str, run: Any, tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------------------- in parallel, interrupted
+
+
+def test_answers_come_in_the_order_of_their_tasks() -> None:
+    assert list(in_order([partial(pow, i, 2) for i in range(9)])) == [i * i for i in range(9)]
+    assert list(in_order([partial(pow, 3, 2)])) == [9]
+    assert list(in_order([])) == []
 
 
 def test_cells_are_the_same_in_parallel() -> None:
