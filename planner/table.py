@@ -377,7 +377,7 @@ def _cell(place: _Place, columns: tuple[str, ...], question: Question, drawn: bo
     if not all(COLUMNS[name].light for name in columns):
         warnings = (*answer.plan.warnings, *answer.plan.memory.sharing_notes)
         if _TIMED & set(columns) and answer.plan.time and answer.plan.time.assumed:
-            warnings += (f"{answer.run.num_gpus:,} x {question.gpu}: {answer.plan.time.assumed}",)
+            warnings += (f"{question.gpu}: {answer.plan.time.assumed}",)
         if learned := answer.plan.device.calibration:
             calibrated = True
             warnings += (f"calibrated by {learned.gpu} of the machine that made the table, {learned.date}",)
