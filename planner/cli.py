@@ -325,13 +325,15 @@ def fit(
 
     Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
     cache, how much it leaves, and why the next one fails. batch_size and seq_len together give the largest batch for
-    each sequence length besides, with method for each method.
+    each sequence length besides, with method for each method. Of num_gpus it is the fewest that hold the run, under
+    fsdp unless --parallel says otherwise.
 
     \b
     Examples:
       vramplan fit llama-3.1-8b --gpu rtx-4090 --plot frontier.svg
       vramplan fit qwen3-4b --gpu 16GiB --over rank,method --seq-len 4096
       vramplan fit llama-3.2-1b --gpu t4 --over batch_size --method full --json
+      vramplan fit qwen3-4b --gpu 16GiB --over num_gpus --method full
 
     Exit codes: 0 something fits; 1 nothing does; 2 the question was wrong.
     """
@@ -807,6 +809,8 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
       vramplan verify my-runs.jsonl --tolerance 2
       vramplan verify --tolerance allocated=1.5,reserved=10 --json
       vramplan verify --plot accuracy.svg
+
+    Exit codes: 0 all within the tolerance, or none was named; 1 some are not; 2 the question was wrong.
     """
     from vramplan.planner import report
     from vramplan.planner import verify as verification
@@ -833,7 +837,7 @@ def verify(files: Sequence[str], tolerance: str | None, as_json: bool, plot: str
     "--config", metavar="FILE", shell_complete=_files, help="A TOML file of options; the command line goes first."
 )
 @click.option("--quick", is_flag=True, help="Calibrate in 30 seconds, cold imports aside, not in 2 minutes.")
-@click.option("--full", is_flag=True, help="Run a whole grid, up to an hour; with --num-gpus one for several.")
+@click.option("--full", is_flag=True, help="Run a whole grid, up to an hour; on several GPUs their own.")
 @click.option("--memory-limit", metavar="SIZE", help="Behave as a smaller GPU, of 16GiB for example.")
 @click.option("--boundary", is_flag=True, help="Run the largest MODEL that is planned to fit, and the next.")
 @click.option("--over", metavar="batch_size|seq_len", help="What --boundary varies.  [default: batch_size]")
@@ -868,12 +872,13 @@ def probe(
 
     Without MODEL it calibrates: short runs that fit the GPU, and what no formula gives, kept for later plans. With
     MODEL and its options it measures exactly that plan. Weights are random and tokens synthetic; nothing is downloaded
-    but MODEL's config.json. It needs torch, transformers, peft and bitsandbytes: pip install 'vramplan[probe]'.
+    but MODEL's config.json. It needs the extra probe: torch, transformers, accelerate, peft, bitsandbytes and
+    nvidia-ml-py.
 
-    With --num-gpus, torchrun starts a process for each GPU, and every one is measured; without MODEL these are bundled
-    runs, shared as --parallel says, or with --full each in a way of its own. ZeRO needs deepspeed besides. With --alone
-    one GPU plays the first of any number: the real code of DDP, FSDP2 or DeepSpeed runs, and its collectives move
-    nothing.
+    With --num-gpus, torchrun starts a process for each GPU, and every one is measured. Without MODEL it runs bundled
+    plans, all shared as --parallel says; with --full a grid in which each run has its own --parallel. ZeRO needs
+    deepspeed besides. With --alone one GPU plays the first of any number: the real code of DDP, FSDP2 or DeepSpeed
+    runs, and its collectives move nothing.
 
     A memory limit counts what PyTorch reserves; the CUDA context, which PyTorch cannot limit, is taken off first.
 

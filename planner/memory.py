@@ -476,10 +476,10 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
         notes.append(f"sdpa is planned with the {names} kernel, as PyTorch takes it on {title}")
     if run.sharing is not None:
         notes += made.sharing_notes
-        if options.parallel == "zero3" and s.checkpointing and on.torch < (2, 13):
+        if options.parallel == "zero3" and s.checkpointing:
             notes.append(
-                "DeepSpeed 0.19.8's ZeRO 3 failed with checkpointing on torch 2.11, where it was tried; it ran with "
-                "--no-gradient-checkpointing, and with torch 2.13 on a CPU"
+                "DeepSpeed 0.19.8's ZeRO 3 with checkpointing failed on a GPU with torch 2.11, and has run on a CPU alone, "
+                "with torch 2.13; --no-gradient-checkpointing ran on both"
             )
         nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
         groups = nccl - nccl_bytes(options.num_gpus)[0]

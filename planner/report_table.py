@@ -126,8 +126,15 @@ def _heads(table: Table, name: Callable[[Column], str]) -> tuple[list[str], list
     titles = [name(column) for column in table.columns]
     if across is None:
         return names, [titles]
-    values = map(typed, table.axes[across].values)
+    axis = table.axes[across]
+    values = [_head(axis.name, value) for value in axis.values]
     return names, [[f"{value}: {title}" for title in titles] if len(titles) > 1 else [value] for value in values]
+
+
+def _head(name: str, value: object) -> str:
+    """A value of the pivoted axis; a number has the axis' name with it."""
+    number = isinstance(value, int | float) or str(value).replace(".", "", 1).isdigit()
+    return f"{name} {typed(value)}" if number else typed(value)
 
 
 def _values(table: Table, cell: Cell) -> list[tuple[Column, object]]:

@@ -23,7 +23,7 @@ from vramplan.planner.plan import _count
 from vramplan.planner.plan import plan as make
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import KNOWN, parse_stack
-from vramplan.planner.training import OPTIONS, flags, for_gpus, for_method, parse_options, read_value, settle
+from vramplan.planner.training import OPTIONS, SHARING, flags, for_gpus, for_method, parse_options, read_value, settle
 from vramplan.planner.trial import one_after_another
 
 if TYPE_CHECKING:
@@ -212,10 +212,12 @@ def _electricity(answer: Answer) -> object:
 
 def _offered(found: Cost) -> str:
     spot = " spot" if found.offer.spot else ""
-    return f"{found.offer.gpu}, {found.offer.provider}{spot}"
+    paid = found.instances * found.offer.gpu_count
+    return f"{found.offer.gpu}, {found.offer.provider}{spot}" + f", {paid} GPUs" * (paid > found.num_gpus)
 
 
-_CHEAPEST = "on the cheapest known offer of a GPU that holds it"
+_CHEAPEST = "on the cheapest known offer of what holds it, which lets whole instances"
+_RESERVED = "what PyTorch reserves and the CUDA context, and NCCL's buffers where there are several GPUs"
 COLUMNS = {
     column.name: column
     for column in (
@@ -223,7 +225,7 @@ COLUMNS = {
         Column("trainable", "trainable", "count", "as PEFT counts", lambda a: a.counts.trainable, light=True),
         Column("trainable_percent", "trainable", "%", "of base and adapter together", _share, light=True),
         Column("adapter", "adapter", "MiB", "the file that PEFT saves", _adapter, light=True),
-        Column("memory", "memory", "B", "what PyTorch reserves and the CUDA context", _memory("device_bytes")),
+        Column("memory", "memory", "B", _RESERVED, _memory("device_bytes")),
         Column("allocated", "allocated", "B", "peak of the tensors", _memory("peak_allocated_bytes")),
         Column("reserved", "reserved", "B", "peak of PyTorch's allocator", _memory("peak_reserved_bytes")),
         Column("context", "context", "B", "the CUDA context", _memory("context_bytes")),
@@ -510,6 +512,12 @@ def _common(runs: Sequence[TrainingOptions], varied: set[str], columns: Sequence
         alike = all(row[name] == value for row in rows) and value is not None and name not in varied
         if alike and (name in weighty or (name not in _UNPLAYED and value != default[name])):
             yield name, tuple(value) if isinstance(value, list) else value
+    several = [row for row in rows if row["num_gpus"] > 1]
+    if 0 < len(several) < len(rows):  # one GPU shares with none
+        for name in SHARING[1:]:
+            value = several[0][name]
+            if name not in varied and value not in (None, default[name]) and all(row[name] == value for row in several):
+                yield name, f"{typed(value)} where there are several GPUs"
 
 
 def heading(column: Column) -> str:

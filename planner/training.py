@@ -481,7 +481,8 @@ def _refuse_parallel(run: TrainingOptions) -> None:
         raise UsageError(f"num_gpus {run.num_gpus} needs a way to share the work; choose --parallel ddp")
     for name in _SHARDING:
         if name in run.given and parallel in ("none", "ddp"):
-            raise UsageError(f"{name} belongs to fsdp and zero, and parallel is {parallel}; add --parallel fsdp")
+            owners = "fsdp" if name == "reshard_after_forward" else "fsdp and zero"
+            raise UsageError(f"{name} belongs to {owners}, and parallel is {parallel}; add --parallel fsdp")
 
 
 def _refuse_fsdp(run: TrainingOptions) -> None:

@@ -152,7 +152,8 @@ def _train(case: dict[str, Any], note: Marks) -> dict[str, Any]:
         trainer.add_callback(note)
         trainer.add_callback(sums)
         trainer.train()
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    # of one that ZeRO 3 has partitioned nothing is left, and ds_numel says how large it was (partition_parameters.py)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     answer = {
         "trainable_parameters": trained,
         "gradient_bytes": sums.gradient_bytes,

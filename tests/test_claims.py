@@ -246,8 +246,10 @@ def fitting(claim: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             assert made.fit
             words = "fits" if made.fit.headroom_bytes >= 0 else "fits only just" if made.fit.fits else "does not fit"
             words += f": {gb(made.fit.needed_bytes)} of {gb(made.fit.gpu.budget_bytes)} GB"
-            host = sum(part.bytes for part in made.sizes() if part.name == "host memory, offload")
-            words += f", with {gb(host)} GB of host memory" if host else ""
+            host = {part.name: part.bytes for part in made.sizes() if part.name.startswith("host memory, ")}
+            if "host memory, offload" in host:
+                kept = gb(host["host memory, offload"])
+                words += f", with {gb(max(host.values()))} GB of host memory, {kept} of it while it trains"
         yield claim["says"], words, command(model, **options)
 
 

@@ -292,7 +292,7 @@ FILES = {
     PROBED: "one GPU, by `vramplan probe`",
     TWO: "two GPUs, DDP and FSDP2",
     FOUR: "four GPUs, DDP and FSDP2",
-    TWO_PROBED: "two GPUs, by `vramplan probe`: DDP, FSDP2, ZeRO 1 and 2",
+    TWO_PROBED: "two GPUs, by `vramplan probe`: DDP, FSDP2, ZeRO 2",
     ALONE: "one GPU for two, four or eight, by `vramplan probe --alone`: DDP, FSDP2, ZeRO",
 }
 MEMORY = {"allocated": "peak allocated", "reserved": "peak reserved", "device": "device, with the CUDA context"}

@@ -212,7 +212,7 @@ def test_a_wrong_question_names_what_mends_it(asked: dict[str, Any], words: str)
 def test_the_pivot_puts_values_side_by_side() -> None:
     found = made(models=["tiny.json", "other.json"], rank=[8, 16], method=["lora", "full"], pivot="rank")
     header, *lines = rows(found)
-    assert header == ["model", "method", "8", "16"]
+    assert header == ["model", "method", "rank 8", "rank 16"]
     assert len(lines) == 4
     trainable = [str(f"{cell.values[0]:,}") for cell in found.cells]
     assert lines[0] == ["tiny.json", "lora", trainable[0], trainable[2]]
@@ -226,7 +226,7 @@ def test_several_columns_of_each_value() -> None:
 
 
 def test_the_only_axis_can_be_the_pivot() -> None:
-    assert rows(made(rank=[8, 16], pivot="rank"))[0] == ["model", "8", "16"]
+    assert rows(made(rank=[8, 16], pivot="rank"))[0] == ["model", "rank 8", "rank 16"]
     models = made(models=["tiny.json", "other.json"], pivot="model")
     assert rows(models)[0] == ["tiny.json", "other.json"]
     assert len(rows(models)) == 2
@@ -688,3 +688,15 @@ def test_the_known_gpus_are_the_smallest_first() -> None:
     one = plan("llama-3.2-1b", seq_len=128)
     smaller = [fit for fit in one.gpus if fit.gpu.budget_bytes < catalog.gpu(name).budget_bytes]
     assert not any(fit.fits and not fit.lacks for fit in smaller)
+
+
+def test_several_gpus_beside_one() -> None:
+    """One GPU shares with none, and a host that is let whole is paid for whole."""
+    Path("8.csv").write_text("provider,gpu,gpu_count,usd_per_hour,date\nfar,h100,8,24,2026-11-20\n")
+    found = made(
+        method="full", parallel="fsdp", num_gpus=[1, 2], columns="memory,cost,offer", gpu="h100", prices="8.csv"
+    )
+    assert "parallel fsdp where there are several GPUs" in found.assumptions[0]
+    assert [row[-1] for row in report_table.layout(found).rows] == ["h100, far, 8 GPUs"] * 2
+    across = made(parallel="fsdp", num_gpus=[1, 2], columns="memory,allocated", gpu="h100", pivot="num_gpus")
+    assert report_table.layout(across).header[1:3] == ["num_gpus 1: memory, GiB", "num_gpus 1: allocated, GiB"]

@@ -220,7 +220,7 @@ def test_what_are_no_target_modules(given: Any) -> None:
         ({"parallel": "fsdp"}, "parallel fsdp needs several GPUs and num_gpus is 1"),
         ({"parallel": "none", "num_gpus": 2}, "num_gpus 2 needs a way to share the work"),
         ({"cpu_offload": True}, "cpu_offload belongs to fsdp and zero, and parallel is none"),
-        ({"num_gpus": 2, "reshard_after_forward": False}, "reshard_after_forward belongs to fsdp and zero"),
+        ({"num_gpus": 2, "reshard_after_forward": False}, "reshard_after_forward belongs to fsdp, and parallel is ddp"),
         ({"num_gpus": 8, "parallel": "zero3", "mixed_precision": "no"}, "zero3 without mixed precision takes fp32"),
         (
             {"num_gpus": 2, "parallel": "ddp", "method": "full", "weights_dtype": "fp16", "mixed_precision": "fp16"},

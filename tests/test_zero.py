@@ -272,10 +272,7 @@ def test_bytes_over_the_links_are_as_many_for_more_gpus() -> None:
     assert "experts.gate_up_proj has 3 rows; --parallel zero3" in note
 
 
-@pytest.mark.parametrize(
-    ("torch", "checkpointing", "said"), [("2.11", True, True), ("2.11", False, False), ("2.13", True, False)]
-)
-def test_where_zero_3_failed_is_said(torch: str, checkpointing: bool, said: bool) -> None:
-    asked: dict[str, Any] = {"num_gpus": 2, "parallel": "zero3", "gradient_checkpointing": checkpointing}
-    made = plan("gpt2", stack=f"torch={torch}", seq_len=64, **asked)
-    assert any("failed with checkpointing on torch 2.11" in note for note in made.memory.notes) is said
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_where_zero_3_failed_is_said(checkpointing: bool) -> None:
+    made = plan("gpt2", seq_len=64, num_gpus=2, parallel="zero3", gradient_checkpointing=checkpointing)
+    assert any("failed on a GPU with torch 2.11" in note for note in made.memory.notes) is checkpointing
