@@ -683,8 +683,8 @@ def check(
 
     FILE is a YAML file of axolotl, LLaMA-Factory or trl sft, a training script, TrainingArguments and an adapter's
     adapter_config.json as JSON, or the folder that holds both; or what launches a run on several GPUs, accelerate's
-    YAML or DeepSpeed's JSON. What was read from which key comes first; keys that change memory and cannot be planned
-    are named. Options on the command line go before the file. Nothing is run.
+    YAML or DeepSpeed's JSON, by itself or beside one of those. What was read from which key comes first; keys that
+    change memory and cannot be planned are named. Options on the command line go before the files. Nothing is run.
 
     \b
     Examples:
@@ -692,6 +692,7 @@ def check(
       vramplan check trained --seq-len 1024 --explain
       vramplan check train.py --json
       vramplan check fsdp.yaml --model llama-3.1-8b --gpu h100
+      vramplan check train.py fsdp.yaml --optimizer adamw_torch_fused
 
     Exit codes: 0 planned, and it fits where a GPU was named; 1 it does not fit the named GPU; 2 the question was wrong.
     """
@@ -714,7 +715,7 @@ def check(
 
 @cli.command(short_help="Write a plan as another framework's config, or as a script.")
 @click.argument("model", shell_complete=_models)
-@click.option("--to", "target", required=True, metavar="NAME", help="trl, axolotl, llamafactory, accelerate or script.")
+@click.option("--to", "target", metavar="NAME", help="trl, axolotl, llamafactory, accelerate or script; always named.")
 @click.option("--dataset", metavar="NAME", help="The data set to name in it; a placeholder stands there without.")
 @click.option("-o", "--output", metavar="FILE", shell_complete=_files, help="Write here.  [default: print it]")
 @click.option("--force", is_flag=True, help="Overwrite FILE where it exists.")
@@ -724,7 +725,7 @@ def check(
 @_config
 def export(
     model: str,
-    target: str,
+    target: str | None,
     dataset: str | None,
     output: str | None,
     force: bool,
@@ -746,6 +747,7 @@ def export(
     from vramplan.planner import report
     from vramplan.planner.plan import plan as make
 
+    target = exporting.read_target(target)
     made = make(**_asked(config, model=model, **options))
     command = f"vramplan {shlex.join(click.get_current_context().obj)}"
     found = exporting.export(made, target, command=command, dataset=dataset)

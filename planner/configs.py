@@ -7,9 +7,9 @@ can follow is refused by name.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.planner.documents import Computed, Document, load
 from vramplan.planner.errors import UsageError, printable, shown, unknown
@@ -18,6 +18,7 @@ from vramplan.planner.frameworks import (
     LLAMAFACTORY,
     PEFT_DEFAULT,
     PEFT_TARGETS,
+    SETTLED,
     SFT,
     TRANSFORMERS,
     TRL,
@@ -26,17 +27,27 @@ from vramplan.planner.frameworks import (
     same,
 )
 from vramplan.planner.launchers import ACCELERATE, DEEPSPEED
-from vramplan.planner.training import OPTIONS, PHASES, read_value, unused
+from vramplan.planner.training import OPTIONS, PHASES, read_value, typed, unused
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-FRAMEWORKS = {each.name: each for each in (AXOLOTL, LLAMAFACTORY, TRL, TRANSFORMERS, ACCELERATE, DEEPSPEED)}
+    from vramplan.planner.frameworks import Rule
+
+_LAUNCHERS = (ACCELERATE, DEEPSPEED)
+FRAMEWORKS = {each.name: each for each in (AXOLOTL, LLAMAFACTORY, TRL, TRANSFORMERS, *_LAUNCHERS)}
 
 COMMAND_LINE = "the command line"
 _COMMENT = "the comment of the export"
 _MOST_FILES = 50  # of a folder
 _LONGEST = 100  # characters of a key that are looked at
+
+
+class Refusal(NamedTuple):
+    """Why no plan can follow a key; `whole` says that the text is a sentence of its own, with the way to mend it."""
+
+    text: str
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,8 @@ class Reading:
 
     `options` go to `plan`; `sources` says where each came from. `evidence` are keys that only this framework has,
     `refused` keys that no plan can follow, each with the reason, `notes` what a plan does otherwise, `unknown` keys
-    that the framework lacks, `harmless` keys without an effect on memory.
+    that the framework lacks, `harmless` keys without an effect on memory. `launcher` is the reading of the file that
+    launches the run, where a training file is beside it; all else is of both.
     """
 
     files: tuple[str, ...]
@@ -54,16 +66,18 @@ class Reading:
     model: str
     options: dict[str, Any]
     sources: dict[str, str]
-    refused: Mapping[str, str]
+    refused: Mapping[str, Refusal]
     notes: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
+    launcher: Reading | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The reading as JSON."""
         return {
             "files": list(self.files),
             "framework": self.framework.name,
+            "launcher": self.launcher.framework.name if self.launcher else None,
             "evidence": list(self.evidence),
             "options": {
                 name: {"value": value, "from": self.sources[name]}
@@ -78,46 +92,99 @@ class Reading:
 def read(
     files: Sequence[str], *, framework: str | None = None, ignore: Collection[str] = (), **asked: object
 ) -> Reading:
-    """What a config, a script, or TrainingArguments with an adapter's config say of a run.
+    """What a config, a script, or TrainingArguments with an adapter's config say of a run; a launcher's may be beside.
 
     `framework` settles whose keys they are; keys in `ignore` are read as if they were not there; `asked` are options,
     and `model`, that go before what files say. Raises UsageError for files that cannot be read, for keys that change
-    memory as no plan can follow, and where the framework is not clear.
+    memory as no plan can follow, for files that contradict each other, and where the framework is not clear.
     """
     if framework is not None and framework not in FRAMEWORKS:
         raise unknown("framework", framework, FRAMEWORKS, "--from")
+    asked = {name: value for name, value in asked.items() if value is not None}
     documents = [document for file in files for document in _documents(file)]
     if not documents:
         raise UsageError("no file is named; name a config, or a folder that holds one (FILE)")
+    launchers = [each for each in documents if len(documents) > 1 and _launches(each)]
+    if len(launchers) > 1:
+        raise UsageError(f"{_names(launchers)} each say how GPUs share a run; name one of them (FILE)")
+    training = _part([each for each in documents if each not in launchers], framework)
+    if launchers:
+        launcher = _part(launchers, None)
+        reading = _launched(training, launcher, ignore, asked)
+    else:
+        launcher = training
+        reading = training.interpret(ignore, asked)
+        _refuse(reading, training.where)
+    if reading.options.get("parallel") not in (None, "none") and "num_gpus" not in reading.options:
+        key = "num_processes to it, or " * (launcher.framework is ACCELERATE)
+        raise UsageError(f"{launcher.where} does not say how many GPUs there are; add {key}--num-gpus")
+    return reading
+
+
+class _Part(NamedTuple):
+    """Files that are read as one, and whose keys theirs are."""
+
+    documents: Sequence[Document]
+    values: dict[str, Any]
+    framework: Framework
+    evidence: tuple[str, ...]
+    where: str
+
+    def interpret(self, ignore: Collection[str], asked: Mapping[str, Any], model: str | None = None) -> Reading:
+        """What they say; `model` is another file's word, for where they name none."""
+        try:
+            marked = _marked(" ".join(each.marked for each in self.documents))
+            return interpret(
+                self.values,
+                self.framework,
+                marked=({"model": model} if model else {}) | marked,
+                ignore=ignore,
+                asked=asked,
+                files=tuple(each.path for each in self.documents),
+                evidence=self.evidence,
+            )
+        except UsageError as error:
+            raise UsageError(f"{self.where}: {error}") from None
+
+    def knows(self, key: str) -> bool:
+        """Whether the framework or these files have the key."""
+        return key in self.values or key in self.framework.known
+
+
+def _part(documents: Sequence[Document], framework: str | None) -> _Part:
     values: dict[str, Any] = {}
     for document in documents:
         values |= document.values
-    where = " and ".join(shown(each.path) for each in documents)
+    where = _names(documents)
     found, evidence = _framework(values, documents, framework, where)
-    if len(documents) > 2 or (len(documents) == 2 and found.name != "transformers"):
+    if len(documents) > 1 and (len(documents) > 2 or found.name != "transformers" or not _beside(documents, framework)):
         raise UsageError(
-            f"{where} are read together only as TrainingArguments and an adapter's config; name one (FILE)"
+            f"{where} are read together only as TrainingArguments and an adapter's config, or one of them as what "
+            "launches the other's run; name one (FILE)"
         )
-    marked = _marked(" ".join(each.marked for each in documents))
-    try:
-        reading = interpret(
-            values,
-            found,
-            marked=marked,
-            ignore=ignore,
-            asked=asked,
-            files=tuple(each.path for each in documents),
-            evidence=evidence,
-        )
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    for key, text in reading.refused.items():
+    return _Part(documents, values, found, evidence, where)
+
+
+def _beside(documents: Sequence[Document], framework: str | None) -> bool:
+    """Whether two files can be parts of one run: JSON, or one script and JSON."""
+    kinds = [each.kind for each in documents]
+    return kinds.count("python") < 2 and (framework is not None or {"json", "python"}.issuperset(kinds))
+
+
+def _names(documents: Sequence[Document]) -> str:
+    return " and ".join(shown(each.path) for each in documents)
+
+
+def _refuse(reading: Reading, where: str) -> None:
+    """Raises UsageError where the reading has keys that no plan can follow."""
+    if whole := [each.text for each in reading.refused.values() if each.whole]:
+        raise UsageError(f"{where}: {'; '.join(whole)}")
+    for key, (text, _) in reading.refused.items():
         others = [each for each in reading.refused if each != key]
         more = f" (so it is with {', '.join(others)})" if others else ""
         raise UsageError(
             f"{where}: {key} cannot be planned: {text}; change it, or leave it out by --ignore {key}{more}"
         )
-    return reading
 
 
 def interpret(
@@ -141,7 +208,7 @@ def interpret(
     view |= _overridden(framework, asked)
     model = _model(framework, given, marked, asked)
     options, sources = _options(framework, given, view, marked, asked, model)
-    refused, notes = _remarks(framework, given, view)
+    refused, notes = _remarks(framework, given, view, asked)
     strangers = [key for key in given if key not in framework.known and not key.startswith("_")]
     if any(isinstance(value, Computed) or key.isupper() for key, value in given.items()):
         strangers = [key for key in strangers if not key.isupper()]
@@ -223,6 +290,17 @@ def _documents(file: str) -> list[Document]:
     return found
 
 
+def _launches(document: Document) -> bool:
+    """Whether a file is a launcher's by its keys."""
+    if document.kind not in ("yaml", "json"):
+        return False
+    try:
+        found, _ = _framework(document.values, [document], None, "")
+    except UsageError:
+        return False
+    return found in _LAUNCHERS
+
+
 def _is_training_arguments(values: Mapping[str, Any]) -> bool:
     return len({"output_dir", "per_device_train_batch_size", "optim", "learning_rate"} & set(values)) > 1
 
@@ -293,6 +371,92 @@ def _marked(text: str) -> dict[str, Any]:
     return found
 
 
+# ------------------------------------------------------------------------------------- a training file and its launcher
+
+
+def _launched(training: _Part, launcher: _Part, ignore: Collection[str], asked: Mapping[str, Any]) -> Reading:
+    """A run by its training file, on the GPUs that the launcher's file says.
+
+    The launcher's options go before the training file's, as they do where they run, or contradict them.
+    """
+    launch = launcher.interpret([key for key in ignore if launcher.knows(key)], dict(asked) | {"model": "given"})
+    _refuse(launch, launcher.where)
+    left = [key for key in ignore if training.knows(key) or not launcher.knows(key)]
+    comment = _marked(launcher.documents[0].marked)
+    alone = training.interpret(left, asked, comment.get("model"))
+    by_keys = {name: value for name, value in launch.options.items() if launch.sources[name] != _COMMENT}
+    stronger, notes = _stronger(by_keys, launch, alone, launcher, training, asked)
+    reading = training.interpret(left, dict(asked) | stronger, comment.get("model"))
+    # a launcher that only starts processes leaves it to the training file's own deepspeed or fsdp
+    shared = launch.options.get("parallel") not in (None, "none", "ddp")
+    _refuse(reading if shared else alone, training.where)
+    options, sources = dict(reading.options), dict(reading.sources)
+    sources |= {name: launch.sources[name] for name in stronger if name not in asked}
+    without = unused(options.get("method", "qlora"), options.get("parallel", "none"), PHASES)
+    if "seq_len" in options:  # what an example has is of the comment's own length, if of any
+        comment.pop("tokens_per_example", None)
+    for name, value in comment.items():  # of an export: what neither file's keys say
+        if name in OPTIONS and name not in options and name not in without:
+            options[name], sources[name] = value, _COMMENT
+    return replace(
+        reading,
+        files=(*reading.files, *launch.files),
+        options={name: options[name] for name in OPTIONS if name in options},
+        sources=sources,
+        notes=(*reading.notes, *launch.notes, *notes),
+        unknown=(*reading.unknown, *launch.unknown),
+        harmless=tuple(sorted({*reading.harmless, *launch.harmless})),
+        launcher=launch,
+    )
+
+
+def _stronger(
+    by_keys: dict[str, Any],
+    launch: Reading,
+    alone: Reading,
+    launcher: _Part,
+    training: _Part,
+    asked: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """The launcher's options that go before the training file's, and what to say of those that differ."""
+    stronger, notes = dict(by_keys), []
+    zero = str(launch.options.get("parallel")).startswith("zero")
+    for name, value in by_keys.items():
+        theirs = alone.options.get(name)
+        differ = theirs not in (None, value)
+        by, beside = launch.sources[name], alone.sources.get(name, f"{training.framework.title}'s own")
+        if name in asked:
+            continue
+        if name == "gradient_checkpointing":
+            if theirs:  # transformers/trainer.py: "... training argument can't both be set to True"
+                raise UsageError(
+                    f"{training.where} ({beside}) and {launcher.where} ({by}) both checkpoint the layers, and "
+                    "transformers refuses that; switch one of them off"
+                )
+        elif name == "mixed_precision" and _own_precision(training, launcher, theirs):
+            del stronger[name]
+            if theirs != value:
+                notes.append(f"{by}: that of {training.where} ({beside}) goes before it")
+        elif not differ or (name == "mixed_precision" and launcher.framework is ACCELERATE and not zero):
+            continue
+        elif name == "optimizer":
+            notes.append(f"{beside}: DeepSpeed's own optimizer ({by}) goes before it")
+        else:  # transformers/integrations/deepspeed.py: "Please correct the following ... values that mismatch"
+            raise UsageError(
+                f"{name} is {typed(theirs)} in {training.where} ({beside}) and {typed(value)} in {launcher.where} "
+                f"({by}), and transformers refuses that; set both alike, or name {OPTIONS[name].flag}"
+            )
+    return stronger, notes
+
+
+def _own_precision(training: _Part, launcher: _Part, theirs: Any) -> bool:
+    """Whether autocast's dtype is the training file's, whatever accelerate's says.
+
+    transformers/training_args.py takes accelerate's where it has none of its own; axolotl/utils/trainer.py never does.
+    """
+    return launcher.framework is ACCELERATE and (training.framework is AXOLOTL or theirs not in (None, "no"))
+
+
 # ---------------------------------------------------------------------------------------------------------- the options
 
 
@@ -352,11 +516,20 @@ def _by_key(
             value, source = _peft_targets(model), f"PEFT's default for this model, without {rule.keys[0]}"
         value = None if value is None else read_value(OPTIONS[name], value)
     except UsageError as error:
-        where, what = ", ".join(keys) or rule.keys[0], str(error)
-        raise UsageError(what if what.startswith(f"{where} ") else f"{where}: {what}") from None
+        raise UsageError(_with_key(str(error), rule, ", ".join(keys) or rule.keys[0])) from None
     if rule.assumed:
         source = f"assumed from {', '.join(map(_label, keys or rule.keys))}"
     return value, source
+
+
+def _with_key(text: str, rule: Rule, otherwise: str) -> str:
+    """An error with the key whose value is wrong, by its path: the one that it names, else those of the option."""
+    for key in (*rule.keys, *rule.more):
+        for name in (key, key.rpartition(".")[2]):
+            for before in ("", "unknown "):
+                if text.startswith(f"{before}{name} "):
+                    return f"{before}{key}{text[len(before) + len(name) :]}"
+    return f"{otherwise}: {text}"
 
 
 def _label(key: str) -> str:
@@ -394,10 +567,11 @@ def _model(framework: Framework, given: Mapping[str, Any], marked: Mapping[str, 
 
 
 def _remarks(
-    framework: Framework, given: Mapping[str, Any], view: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
+    framework: Framework, given: Mapping[str, Any], view: Mapping[str, Any], asked: Mapping[str, Any]
+) -> tuple[dict[str, Refusal], dict[str, str]]:
     """What is refused and what is noted, by key."""
-    refused: dict[str, str] = {}
+    settled = all(asked.get(name) is not None for name in ("num_gpus", "parallel"))
+    refused: dict[str, Refusal] = {}
     notes: dict[str, str] = {}
     for remark in framework.remarks:
         if remark.when is None:
@@ -405,7 +579,13 @@ def _remarks(
         else:
             keys = (next((key for key in remark.keys if key in given), remark.keys[0]),) if remark.when(view) else ()
         for key in keys:
-            (refused if remark.refused else notes)[key] = remark.text
+            if remark.settled and settled:
+                notes[key] = SETTLED
+            elif remark.refused:
+                whole = remark.whole(given) if remark.whole else None
+                refused[key] = Refusal(remark.text) if whole is None else Refusal(whole, whole=True)
+            else:
+                notes[key] = remark.text
     return refused, notes
 
 

@@ -43,13 +43,24 @@ class Export:
     notes: tuple[str, ...]
 
 
+def read_target(target: str | None) -> str:
+    """A target's name as it is; raises UsageError for any other."""
+    *names, last = TARGETS
+    if target is None:
+        raise UsageError(f"no format is named; add --to with {', '.join(names)} or {last}")
+    if target == "deepspeed":
+        raise UsageError("DeepSpeed's own JSON is not written; ZeRO is written by --to accelerate")
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS, "--to")
+    return target
+
+
 def export(plan: Plan, target: str, *, command: str, dataset: str | None = None) -> Export:
     """The plan as `target` runs it; `command`, version and date stand in a comment at its top.
 
     Raises UsageError for an unknown target and where the target cannot run this plan.
     """
-    if target not in TARGETS:
-        raise unknown("target", target, TARGETS, "--to")
+    target = read_target(target)
     if plan.options.num_gpus > 1 and target != "accelerate":
         raise UsageError(
             f"how many GPUs run it is nothing that --to {target} writes, and num_gpus is {plan.options.num_gpus}; "
@@ -142,7 +153,7 @@ def _read_back(
 ) -> TrainingOptions:
     try:
         reading = interpret(keys, framework, marked=marked, asked={"model": "given"})
-        for text in (*(f"{key}: {each}" for key, each in reading.refused.items()), *reading.notes):
+        for text in (*(f"{key}: {each.text}" for key, each in reading.refused.items()), *reading.notes):
             raise UsageError(text)
         return parse_options(reading.options)
     except UsageError as error:
@@ -332,6 +343,7 @@ def _accelerate(o: TrainingOptions, _: str) -> tuple[Framework, dict[str, Any]]:
             "offload_param_device": device if third else "none",
             "gradient_accumulation_steps": o.gradient_accumulation_steps,
             "zero3_init_flag": third,
+            **({"zero3_save_16bit_model": False} if third else {}),
             # torchrun's own, as with FSDP: any other needs a hostfile
             **({"deepspeed_multinode_launcher": "standard"} if machines > 1 else {}),
         }
@@ -368,7 +380,15 @@ def _accelerate_comments(o: TrainingOptions) -> dict[str, str]:
             "false, as planned: each rank loads the whole model in host memory; true: the first rank alone does, by "
             "accelerate's documentation"
         )
+    if o.lora:  # transformers/trainer.py, save_model
+        saving = "without effect here: the adapter is gathered and saved by itself"
+    else:
+        saving = (
+            "only DeepSpeed's checkpoint is saved then, which zero_to_fp32.py turns into weights; true also writes "
+            "model.safetensors, which the first rank puts together in host memory"
+        )
     return {
+        "zero3_save_16bit_model": saving,
         "fsdp_cpu_ram_efficient_loading": loading,
         "fsdp_activation_checkpointing": "TrainingArguments' gradient_checkpointing takes the same memory; never both",
         **(several if last else {}),
@@ -377,13 +397,24 @@ def _accelerate_comments(o: TrainingOptions) -> dict[str, str]:
 
 def _in_script(o: TrainingOptions) -> list[str]:
     """What the script that accelerate launches has to say, so that the plan is what runs."""
-    if o.method != "qlora" or o.parallel not in ("fsdp", "zero3"):
+    if o.num_gpus == 1:
         return []
-    dtype = _LONG[o.weights_dtype if o.mixed_precision == "no" else o.mixed_precision]
+    first = [
+        "your_script.py has to make its TrainingArguments before from_pretrained: they choose each process's GPU, and",
+        "let ZeRO 3 shard the model while it loads",
+    ]
+    if o.method != "qlora" or o.parallel not in ("fsdp", "zero3"):
+        return first
+    dtype = _compute_dtype(o)
     return [
+        *first,
         f"your_script.py has to load the model with BitsAndBytesConfig(bnb_4bit_quant_storage=torch.{dtype}),",
         "the dtype that it computes in: 4-bit weights stored as uint8, the default, are not sharded",
     ]
+
+
+def _compute_dtype(o: TrainingOptions) -> str:
+    return _LONG[o.weights_dtype if o.mixed_precision == "no" else o.mixed_precision]
 
 
 def _script(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]:
@@ -394,7 +425,12 @@ def _script(o: TrainingOptions, model: str) -> tuple[Framework, dict[str, Any]]:
         "PADDED": o.padded,
         **({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if o.expandable_segments else {}),
         **(
-            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": o.double_quant}
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": o.double_quant,
+                "bnb_4bit_quant_storage": _compute_dtype(o),
+            }
             if o.method == "qlora"
             else {}
         ),

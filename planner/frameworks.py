@@ -44,12 +44,18 @@ class Rule(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """Keys that a plan cannot follow; `when` judges all values, and without it a key counts once it is switched on."""
+    """Keys that a plan cannot follow; `when` judges all values, and without it a key counts once it is switched on.
+
+    Once it is `settled` by how many GPUs there are and how they share the run, a refusal is only said. `whole` may make
+    all of a refusal from the file's own keys and values, where `text` does not say how to mend it.
+    """
 
     keys: tuple[str, ...]
     text: str
     refused: bool
     when: When | None = None
+    settled: bool = False
+    whole: Callable[[Mapping[str, Any]], str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +201,11 @@ def refused(keys: str, text: str, when: When | None = None) -> Remark:
     return Remark(tuple(keys.split()), text, True, when)
 
 
+def several(keys: str, when: When | None = None) -> Remark:
+    """Keys that share a run among GPUs, refused until something else says how."""
+    return Remark(tuple(keys.split()), SEVERAL, True, when, settled=True)
+
+
 def noted(keys: str, text: str, when: When | None = None) -> Remark:
     """Keys that are planned otherwise than they say."""
     return Remark(tuple(keys.split()), text, False, when)
@@ -227,14 +238,20 @@ _EVALUATION = "evaluation is not part of the plan, only training steps are"
 _PACKED = "rows are packed: planned as full rows without padding, each attended to as one"
 COMPILED = "what a compiled model keeps depends on how the compiler fuses it"
 NO_GPU = "a run without a GPU takes none of its memory"
-SEVERAL = "how it shares a run among GPUs is not read; say that by --num-gpus and --parallel"
+SEVERAL = (
+    "how it shares a run among GPUs is not read; say that by both --num-gpus and --parallel, or name the launcher's "
+    "file too"
+)
+SETTLED = "what it names is not read; planned is what --num-gpus and --parallel, or the launcher's file, say"
+PARTS = "this way to share a run among GPUs cannot be planned"
 _KERNELS = "its kernels keep other tensors than transformers' own layers do"
 _WEIGHTS = "it trains or holds further weights, which a plan does not count"
 _LOSS = "its loss computes on other tensors than the one that is planned"
 _LAYERS = "it adapts only some layers or weights, and a plan adapts the same modules in every layer"
 
 _HF_REMARKS = (
-    refused("deepspeed fsdp parallelism_config", SEVERAL),
+    several("deepspeed fsdp"),
+    refused("parallelism_config", PARTS),
     refused("use_liger_kernel", f"Liger's {_KERNELS.removeprefix('its ')}"),
     refused("auto_find_batch_size", "the batch is found only when the run is out of memory; plan with --batch-size"),
     refused("torch_compile", COMPILED),
@@ -588,17 +605,16 @@ AXOLOTL = Framework(
             for each in _HF_REMARKS
             if each.keys[0] not in ("use_liger_kernel", "label_smoothing_factor", "use_cpu")
         ),
-        refused("fsdp_config fp32_norms", SEVERAL),
+        several("fsdp_config fp32_norms"),
+        *(several(key, _above_one(key)) for key in ("dp_shard_size", "world_size")),
         *(
-            refused(key, SEVERAL, _above_one(key))
+            refused(key, PARTS, _above_one(key))
             for key in (
                 "tensor_parallel_size",
                 "context_parallel_size",
-                "dp_shard_size",
                 "dp_replicate_size",
                 "sequence_parallel_degree",
                 "expert_parallel_size",
-                "world_size",
             )
         ),
         refused(
@@ -756,8 +772,8 @@ LLAMAFACTORY = Framework(
         refused("upcast_layernorm upcast_lmhead_output", "what it casts to float32 is not planned"),
         refused("use_dft_loss use_asft_loss use_eaft_loss", _LOSS),
         refused("fp8", "only 4-bit bitsandbytes can be planned"),
-        refused("use_mca use_hyper_parallel", SEVERAL),
-        refused("ray_num_workers", SEVERAL, _above_one("ray_num_workers")),
+        refused("use_mca use_hyper_parallel", PARTS),
+        several("ray_num_workers", _above_one("ray_num_workers")),
         noted(
             "use_reentrant_gc",
             _REENTRANT,

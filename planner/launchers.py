@@ -8,14 +8,17 @@ runtime/zero/config.py, runtime/zero/offload_config.py).
 from __future__ import annotations
 
 import re
+import shlex
+from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vramplan.planner.errors import UsageError, shown, unknown
+from vramplan.planner.errors import UsageError, printable, shown, unknown
 from vramplan.planner.frameworks import (
     COMPILED,
     IN_HOST_MEMORY,
     NO_GPU,
-    SEVERAL,
+    PARTS,
     Framework,
     Remark,
     Rule,
@@ -31,7 +34,7 @@ from vramplan.planner.links import HOST_GPUS
 from vramplan.planner.zero import LIVE, PERSISTENT, PREFETCHED, REDUCE_BUCKET, REUSED, SUB_GROUP
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from vramplan.planner.frameworks import When
 
@@ -80,12 +83,19 @@ def _zero(name: str, stage: Any) -> str:
     return f"zero{_word(stage)}"
 
 
-def _zero_offloads(optimizer: Any, parameters: Any, stage: Any) -> bool:
+def _zero_offloads(keys: tuple[str, str], optimizer: Any, parameters: Any, stage: Any) -> bool:
     """Whether ZeRO offloads the optimizer, or under stage 3 the parameters."""
-    for name, device in (("offload_optimizer", optimizer), ("offload_param", parameters)):
+    for key, device in zip(keys, (optimizer, parameters), strict=True):
         if _word(device) not in ("none", "cpu", "nvme"):
-            raise unknown(f"{name} device", device, ("none", "cpu"), "--cpu-offload")
+            raise unknown(key, device, ("none", "cpu"), "--cpu-offload")
     return _word(optimizer) != "none" or (_word(parameters) != "none" and _word(stage) == "3")
+
+
+def _no_fp16(key: str, value: Any) -> UsageError:
+    return UsageError(
+        f"{key} is {shown(value)}, and fp16 is not planned under ZeRO: DeepSpeed scales the loss by itself, and what "
+        "its checks of the gradients take has not been recorded; choose --mixed-precision bf16 if the GPU has it"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- remarks of both
@@ -175,10 +185,10 @@ def _processes(number: Any, kind: Any, machines: Any) -> int | None:
 
 
 def _other_hosts(values: Mapping[str, Any]) -> bool:
-    """Whether a network joins GPUs that are planned on one machine, or the other way round."""
+    """Whether the GPUs are of more machines or of fewer than they are planned on."""
     try:
         processes = _whole("num_processes", values.get("num_processes"))
-        return (processes > HOST_GPUS) != (_whole("num_machines", values.get("num_machines", 1)) > 1)
+        return _whole("num_machines", values.get("num_machines", 1)) != -(-processes // HOST_GPUS)
     except UsageError:  # said by the rule of num_gpus
         return False
 
@@ -203,7 +213,7 @@ def _offloading(kind: Any, fsdp: Any, *zero: Any) -> bool | None:
     how = _launched(kind)
     if how == "fsdp":
         return _switched("fsdp_offload_params", fsdp, "--cpu-offload")
-    return _zero_offloads(*zero) if how == "zero" else None
+    return _zero_offloads(_OFFLOADS, *zero) if how == "zero" else None
 
 
 def _checkpointed(wrapped: Any, kind: Any) -> bool | None:
@@ -213,10 +223,14 @@ def _checkpointed(wrapped: Any, kind: Any) -> bool | None:
     return _switched("fsdp_activation_checkpointing", wrapped, "--gradient-checkpointing") or None
 
 
-def _precision(name: Any, fp16: Any) -> Any:
+def _precision(name: Any, fp16: Any, kind: Any) -> Any:
     if name is False:
         raise UsageError("mixed_precision is False, which YAML makes of a bare no; write 'no' (--mixed-precision)")
-    return "fp16" if name is None and is_on(fp16) else name
+    if name is None and is_on(fp16):
+        name = "fp16"
+    if name == "fp16" and _launched(kind) == "zero":
+        raise _no_fp16("mixed_precision", name)
+    return name
 
 
 def _not_layers(values: Mapping[str, Any]) -> bool:
@@ -225,6 +239,36 @@ def _not_layers(values: Mapping[str, Any]) -> bool:
     return names != "none" and ("," in names or not names.endswith(("layer", "block")))
 
 
+def _left_out(name: str, taken: Any, wanted: Any) -> Callable[[Mapping[str, Any]], str | None]:
+    """The refusal of what accelerate takes where fsdp_config lacks the key `name`, with the key that is nearly it."""
+
+    def whole(given: Mapping[str, Any]) -> str | None:
+        if _fsdp(name) in given:
+            return None
+        prefix = _fsdp("")
+        typed = [key.removeprefix(prefix) for key in given if key.startswith(prefix) and key not in ACCELERATE.known]
+        close = [f"fsdp_{each}" for each in get_close_matches(name, typed, 1, cutoff=0.8)]
+        add = f"write fsdp_{name}: {wanted} in place of {close[0]}" if close else f"add fsdp_{name}: {wanted}"
+        return f"fsdp_{name} is not in the file, and accelerate then takes {taken}; {add}"
+
+    return whole
+
+
+def _own_file(given: Mapping[str, Any]) -> str:
+    """The refusal of accelerate's keys beside those of DeepSpeed's own configuration."""
+    key, number = _deepspeed("deepspeed_config_file"), given.get("num_processes")
+    file = shlex.quote(printable(str(given.get(key)))[:80])
+    gpus = number if isinstance(number, int) and not isinstance(number, bool) else "N"
+    return (
+        f"{key} cannot be planned: DeepSpeed's own configuration is read by itself; check {file} itself: "
+        f"vramplan check {file} --num-gpus {gpus} --model ..."
+    )
+
+
+_SAVED = (
+    "after full fine-tuning model.safetensors is written too, which the first rank puts together in host memory; "
+    "neither is counted"
+)
 _STAGE = _deepspeed("zero_stage")
 _OFFLOADS = (_deepspeed("offload_optimizer_device"), _deepspeed("offload_param_device"))
 
@@ -241,7 +285,7 @@ ACCELERATE = Framework(
             more=("distributed_type",),
         ),
         "gradient_checkpointing": Rule((_fsdp("activation_checkpointing"),), _checkpointed, more=("distributed_type",)),
-        "mixed_precision": Rule(("mixed_precision", "fp16"), _precision),
+        "mixed_precision": Rule(("mixed_precision", "fp16"), _precision, more=("distributed_type",)),
         "num_gpus": Rule(("num_processes",), _processes, more=("distributed_type", "num_machines"), stands=True),
         "parallel": Rule(("distributed_type", _STAGE), _parallel, more=("num_processes",)),
         "reshard_after_forward": Rule(
@@ -259,12 +303,14 @@ ACCELERATE = Framework(
         _STAGE: 2,
     },
     remarks=(
-        refused("megatron_lm_config parallelism_config fp8_config", SEVERAL),
+        refused("megatron_lm_config parallelism_config", PARTS),
+        refused("fp8_config", "matrices in 8 bits cannot be planned"),
         refused("dynamo_backend dynamo_config.dynamo_backend", COMPILED),
         refused("use_cpu", NO_GPU),
         noted(
             "num_machines",
-            f"the step's time is planned with up to {HOST_GPUS} GPUs on one machine, and more on as few as hold them",
+            f"planned are as few machines as hold the GPUs, up to {HOST_GPUS} on each; so the step's time is that of "
+            "other links, and host memory that of another number of ranks on a machine",
             _other_hosts,
         ),
         *_only(
@@ -273,12 +319,12 @@ ACCELERATE = Framework(
                 _fsdp("version"),
                 "FSDP1 has other buffers than FSDP2, which is planned (fsdp_version: 2)",
                 other_than(_fsdp("version"), 2, "2"),
-            ),
+            )._replace(whole=_left_out("version", 1, 2)),
             refused(
                 _fsdp("auto_wrap_policy"),
                 "planned are units of one decoder layer (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)",
                 _is_not(_fsdp("auto_wrap_policy"), "none", "transformer_based_wrap"),
-            ),
+            )._replace(whole=_left_out("auto_wrap_policy", "NO_WRAP", "TRANSFORMER_BASED_WRAP")),
             refused(_fsdp("activation_checkpointing_offload"), IN_HOST_MEMORY),
             refused(_fsdp("ignored_modules"), "modules that are not sharded cannot be planned"),
             noted(
@@ -298,13 +344,13 @@ ACCELERATE = Framework(
         ),
         *_only(
             _is("distributed_type", "deepspeed"),
-            refused(
-                _deepspeed("deepspeed_config_file"),
-                "DeepSpeed's own configuration is read by itself; name that file to vramplan check, with --num-gpus",
+            refused(_deepspeed("deepspeed_config_file"), "DeepSpeed's own configuration is read by itself")._replace(
+                whole=_own_file
             ),
             *_of_offloading(_STAGE, *_OFFLOADS),
             *_only(
                 _is(_STAGE, "3"),
+                noted(_deepspeed("zero3_save_16bit_model"), _SAVED),
                 noted(
                     _deepspeed("deepspeed_moe_layer_cls_names"),
                     "modules that DeepSpeed gathers as one are planned each by itself",
@@ -347,19 +393,24 @@ def _ds_open(values: Mapping[str, Any]) -> bool:
     return whole is not None and None in step
 
 
-def _ds_precision(bf16: Any, fp16: Any) -> str | None:
+def _ds_precision(bf16: Any, fp16: Any, stage: Any) -> str | None:
     on = {
         name: _switched(f"{name}.enabled", _unless_auto(value), "--mixed-precision")
         for name, value in (("bf16", bf16), ("fp16", fp16))
     }
     if all(on.values()):
         raise UsageError("bf16.enabled and fp16.enabled are both true; switch one off (--mixed-precision)")
+    if on["fp16"] and _word(stage) in ("1", "2", "3"):
+        raise _no_fp16("fp16.enabled", fp16)
     return next((name for name in on if on[name]), None if None in on.values() else "no")
 
 
 def _ds_optimizer(name: Any) -> Any:
-    names = {"adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "auto": None}
-    return by_name("optimizer.type", names, "--optimizer")(name.lower() if isinstance(name, str) else name)
+    if _word(name) in ("none", "auto"):
+        return None
+    if _word(name) not in ("adam", "adamw"):
+        raise unknown("optimizer.type", name, ("Adam", "AdamW"), "--optimizer")
+    return "adamw_torch_fused"
 
 
 def _ds_sizes(**planned: int) -> tuple[Remark, ...]:
@@ -387,10 +438,10 @@ DEEPSPEED = Framework(
         "batch_size": Rule(_DS_STEP[:1], _unless_auto, stands=True),
         "gradient_accumulation_steps": Rule(_DS_STEP[1:], _unless_auto, stands=True),
         "optimizer": one("optimizer.type", _ds_optimizer),
-        "mixed_precision": Rule(("bf16.enabled", "fp16.enabled"), _ds_precision),
+        "mixed_precision": Rule(("bf16.enabled", "fp16.enabled"), _ds_precision, more=(_DS_STAGE,)),
         "num_gpus": Rule(("train_batch_size",), _ds_gpus, more=_DS_STEP),
         "parallel": one(_DS_STAGE, lambda stage: _zero("stage", stage)),
-        "cpu_offload": Rule(_DS_OFFLOADS, _zero_offloads, more=(_DS_STAGE,)),
+        "cpu_offload": Rule(_DS_OFFLOADS, partial(_zero_offloads, _DS_OFFLOADS), more=(_DS_STAGE,)),
     },
     defaults={_DS_STAGE: 0},
     remarks=(
@@ -404,6 +455,9 @@ DEEPSPEED = Framework(
                 stage3_max_live_parameters=LIVE,
                 stage3_prefetch_bucket_size=PREFETCHED,
                 sub_group_size=SUB_GROUP,
+            ),
+            noted(
+                _of_zero("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"), _SAVED
             ),
         ),
         noted(
@@ -462,7 +516,7 @@ DEEPSPEED = Framework(
             f"{_of_zero('zenflow')} tensor_parallel pipeline sparse_attention compression_training",
             "this part of DeepSpeed cannot be planned",
         ),
-        refused("sequence_parallel_size", SEVERAL, other_than("sequence_parallel_size", 0, 1)),
+        refused("sequence_parallel_size", PARTS, other_than("sequence_parallel_size", 0, 1)),
         refused(
             """data_types bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states
             fp16.fp16_master_weights_and_grads""",

@@ -478,8 +478,8 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
         notes += made.sharing_notes
         if options.parallel == "zero3" and s.checkpointing:
             notes.append(
-                "DeepSpeed 0.19.8's ZeRO 3 with checkpointing failed on a GPU with torch 2.11, and has run on a CPU alone, "
-                "with torch 2.13; --no-gradient-checkpointing ran on both"
+                "DeepSpeed 0.19.8's ZeRO 3 with checkpointing failed on a GPU with torch 2.11, and has run on a CPU "
+                "alone, with torch 2.13; --no-gradient-checkpointing ran on both"
             )
         nccl, measured = nccl_bytes(options.num_gpus, options.parallel)
         groups = nccl - nccl_bytes(options.num_gpus)[0]

@@ -61,10 +61,21 @@ def script(keys: Mapping[str, Any], dataset: str | None) -> str:
         "    tokenizer = AutoTokenizer.from_pretrained(MODEL)",
         "    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
     ]
+    arguments = [(key, keys[key]) for key in _ARGUMENTS]
+    if checkpointing:
+        arguments.append(_NON_REENTRANT)
+    arguments += [("report_to", []), ("output_dir", "out")]
+    length = ["max_length=SEQ_LEN"] if trl else []
+    lines.append(
+        "    # before the model: they choose this process's GPU, and let ZeRO 3 shard the model while it loads"
+    )
+    lines += _call(f"arguments = {'SFTConfig' if trl else 'TrainingArguments'}", arguments, *length)
     if quantised:
-        compute = "bfloat16" if keys["bf16"] else "float16" if keys["fp16"] else keys["dtype"]
-        quantisation = [(key, keys[key]) for key in _QUANTISATION]
-        lines += _call("quantisation = BitsAndBytesConfig", quantisation, f"bnb_4bit_compute_dtype=torch.{compute}")
+        # FSDP and ZeRO 3 shard 4-bit weights that are stored in the dtype they compute in; on one it is the same
+        dtypes = [
+            f"bnb_4bit_{which}=torch.{keys['bnb_4bit_quant_storage']}" for which in ("compute_dtype", "quant_storage")
+        ]
+        lines += _call("quantisation = BitsAndBytesConfig", [(key, keys[key]) for key in _QUANTISATION], *dtypes)
     lines += _call(
         "model = AutoModelForCausalLM.from_pretrained",
         [("attn_implementation", keys["attn_implementation"])],
@@ -85,12 +96,6 @@ def script(keys: Mapping[str, Any], dataset: str | None) -> str:
             lines.append("    model = get_peft_model(model, adapter)")
             if checkpointing and not quantised:
                 lines.append("    model.enable_input_require_grads()  # else nothing below a checkpoint has a gradient")
-    arguments = [(key, keys[key]) for key in _ARGUMENTS]
-    if checkpointing:
-        arguments.append(_NON_REENTRANT)
-    arguments += [("report_to", []), ("output_dir", "out")]
-    length = ["max_length=SEQ_LEN"] if trl else []
-    lines += _call(f"arguments = {'SFTConfig' if trl else 'TrainingArguments'}", arguments, *length)
     if trl:
         given = ["processing_class=tokenizer", *(["peft_config=adapter"] if lora else [])]
     else:

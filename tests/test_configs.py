@@ -317,6 +317,7 @@ def test_what_keys_mean(name: str, keys: dict[str, Any], means: dict[str, Any]) 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("axolotl", {"deepspeed": "zero2.json"}),
     ("axolotl", {"fsdp_config": {"offload_params": True}}),
+    ("axolotl", {"tensor_parallel_size": 2}),
     ("axolotl", {"rl": "dpo"}),
     ("axolotl", {"liger_rms_norm": True}),
     ("axolotl", {"cut_cross_entropy": True}),
@@ -353,6 +354,21 @@ def test_keys_that_change_memory_as_no_plan_follows_are_refused(name: str, keys:
     reading = interpret(BASE[name] | keys, FRAMEWORKS[name])
     assert list(reading.refused) == list(keys)
     assert not interpret(BASE[name] | keys, FRAMEWORKS[name], ignore=list(keys)).refused
+
+
+@pytest.mark.parametrize("name", ["axolotl", "llamafactory", "trl", "transformers"])
+def test_who_said_how_gpus_share_a_run_is_not_asked_again(name: str) -> None:
+    values = BASE[name] | {"deepspeed": "ds.json", "fsdp": "full_shard"}
+    refusal = interpret(values, FRAMEWORKS[name]).refused["deepspeed"]
+    assert "say that by both --num-gpus and --parallel" in refusal.text
+    for asked in ({"num_gpus": 8}, {"parallel": "zero3"}):
+        assert list(interpret(values, FRAMEWORKS[name], asked=asked).refused) == ["deepspeed", "fsdp"]
+    settled = interpret(values, FRAMEWORKS[name], asked={"num_gpus": "8", "parallel": "zero3"})
+    assert not settled.refused
+    assert [note for note in settled.notes if note.startswith(("deepspeed: what it names is not read", "fsdp: "))]
+    parts = {"axolotl": "context_parallel_size", "llamafactory": "use_mca"}.get(name, "parallelism_config")
+    several = interpret(values | {parts: 2}, FRAMEWORKS[name], asked={"num_gpus": "8", "parallel": "zero3"})
+    assert list(several.refused) == [parts]
 
 
 SWITCHES = [case for case in REFUSED if not {"stage", "loss_type", "gradient_checkpointing"} & set(case[1])]
@@ -507,7 +523,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("axolotl", {"adapter": ["lora"]}, "unknown adapter ['lora']"),
     ("axolotl", {"adapter": "qlora"}, "load_in_4bit: true"),
     ("axolotl", {"load_in_8bit": True}, "LLM.int8 cannot be planned"),
-    ("axolotl", {"optimizer": "came_pytorch"}, "optimizer: unknown optimizer 'came_pytorch'"),
+    ("axolotl", {"optimizer": "came_pytorch"}, "unknown optimizer 'came_pytorch'"),
     ("axolotl", {"attn_implementation": "flash"}, "unknown attention 'flash'"),
     ("axolotl", {"xformers_attention": True}, "unknown attention 'xformers'"),
     ("axolotl", {"lora_target_linear": None}, "no modules are named; add lora_target_linear: true"),
@@ -620,6 +636,25 @@ def test_the_command_that_check_names_is_the_same_plan(run: Any) -> None:
     assert line.startswith("vramplan google/gemma-2-2b --method lora")
     _, again, _ = run(f"{line.removeprefix('vramplan ')} --json")
     assert json.loads(again)["memory"] == json.loads(out)["memory"]
+
+
+def test_check_keeps_to_its_width_and_to_what_matters(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    below = {"zero_stage": 3, "gradient_accumulation_steps": 16} | {f"k{i}": i for i in range(25)}
+    accelerate = {"distributed_type": "DEEPSPEED", "num_processes": 8, "deepspeed_config": below}
+    Path("a.yml").write_text(json.dumps(accelerate))
+    Path("train.py").write_text((DATA / "train.py").read_text())
+    code, out, _ = run("check train.py a.yml --optimizer adamw_torch_fused --seq-len 64")
+    before = out.partition("Without an effect")[0]
+    assert code == 0
+    assert all(len(line) <= 80 for line in before.splitlines())
+    assert "16                 deepspeed_config.\n" in before
+    assert f"\n{' ' * 48}gradient_accumulation_steps\n" in before
+    assert before.count("is no key of") == 20
+    assert "and 5 more unknown keys, which are left out" in before
+    assert "reshard_after_forward" not in out
 
 
 # --------------------------------------------------------------------------------------------------------- the document

@@ -108,6 +108,7 @@ def test_the_plainest_plan_of_every_method_has_an_export(target: str, method: st
         ("axolotl", {"method": "full"}, "holds norms, embeddings and head in float32"),
         ("script", {"method": "lora", "num_gpus": 2}, "is nothing that --to script writes, and num_gpus is 2"),
         ("nope", {}, "unknown target 'nope'"),
+        ("deepspeed", {"num_gpus": 2, "parallel": "zero3"}, "ZeRO is written by --to accelerate"),
     ],
 )
 def test_what_a_target_cannot_run(target: str, asked: dict[str, Any], says: str, model: str) -> None:
@@ -260,6 +261,25 @@ def test_what_is_to_be_known_of_a_key_stands_above_it(model: str) -> None:
         assert any("BitsAndBytesConfig(bnb_4bit_quant_storage=torch.float32)" in line for line in quantised)
         assert not any("quant_storage" in line for line in text(method="lora", num_gpus=2, parallel=parallel))
     assert not any("quant_storage" in line for line in text(method="qlora", num_gpus=2))
+    first = (
+        "# your_script.py has to make its TrainingArguments before from_pretrained: they choose each process's GPU, and"
+    )
+    for parallel in ("ddp", "fsdp", "zero3"):
+        assert first in text(method="lora", num_gpus=2, parallel=parallel)
+    assert first not in text(method="lora")
+
+
+def test_what_zero3_saves_is_said(model: str) -> None:
+    def said(**options: Any) -> str:
+        text = export(plan(model, num_gpus=2, **options), "accelerate", command="").text
+        before, key, _ = text.partition("\n  zero3_save_16bit_model: false\n")
+        return before.rpartition("\n")[2] if key else ""
+
+    assert said(method="full", parallel="zero3").startswith("  # only DeepSpeed's checkpoint is saved then")
+    assert (
+        said(method="lora", parallel="zero3") == "  # without effect here: the adapter is gathered and saved by itself"
+    )
+    assert said(method="full", parallel="zero2") == ""
 
 
 @pytest.fixture
@@ -345,8 +365,32 @@ def test_a_quantised_script_quantises_as_the_probe_does(model: str) -> None:
     assert f"bnb_4bit_use_double_quant={theirs.bnb_4bit_use_double_quant}," in text
     assert f'bnb_4bit_quant_type="{theirs.bnb_4bit_quant_type}",' in text
     assert "model = prepare_model_for_kbit_training(" in text
+    assert f"bnb_4bit_quant_storage={theirs.bnb_4bit_compute_dtype}," in text
     allocator = text.index('os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")')
     assert allocator < text.index("import torch")
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_a_script_has_its_arguments_before_its_model(trainer: str, method: str, model: str, tmp_path: Path) -> None:
+    made = plan(model, trainer=trainer, method=method, seq_len=16)
+    text = export(made, "script", command="").text
+    assert text.index("arguments = ") < text.index("AutoModelForCausalLM.from_pretrained(")
+    file = tmp_path / "a.py"
+    file.write_text(text)
+    back = read([str(file)])
+    assert plan(back.model, **back.options).memory == made.memory
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "zero3"])
+def test_a_script_and_its_launcher_are_the_plan_again(parallel: str, model: str, tmp_path: Path) -> None:
+    options = {"method": "qlora", "seq_len": 16, "gradient_accumulation_steps": 2, "examples": 9}
+    made = plan(model, num_gpus=4, parallel=parallel, **options)
+    for name, target, shared in (("a.py", "script", plan(model, **options)), ("a.yml", "accelerate", made)):
+        (tmp_path / name).write_text(export(shared, target, command="").text)
+    back = read([str(tmp_path / "a.py"), str(tmp_path / "a.yml")])
+    assert parse_options(back.options).as_dict() == made.options.as_dict()
+    assert plan(back.model, **back.options).memory == made.memory
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -382,7 +426,11 @@ def test_an_existing_file_is_kept_without_force(run: Any, tmp_path: Path) -> Non
     assert run("export gpt2 --seq-len 64 --to trl -o a.yml --force")[0] == 0
     assert file.read_text() != "mine"
     assert "cannot write" in run("export gpt2 --seq-len 64 --to trl -o a.yml/b.yml")[2]
-    assert run("export gpt2")[0] == 2
+    code, _, err = run("export gpt2")
+    assert (code, err) == (
+        2,
+        "vramplan: no format is named; add --to with trl, axolotl, llamafactory, accelerate or script\n",
+    )
 
 
 def test_a_command_of_several_lines_stays_a_comment(run: Any, tmp_path: Path) -> None:
