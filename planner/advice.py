@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from vramplan.planner.errors import UsageError
 from vramplan.planner.memory import run_of
 from vramplan.planner.quick import peak_bytes
-from vramplan.planner.training import SUPPORTED_TRAINERS, TrainingOptions, flags, for_method, parse_options, settle
+from vramplan.planner.training import (
+    OPTIONS,
+    SUPPORTED_TRAINERS,
+    TrainingOptions,
+    flags,
+    for_method,
+    parse_options,
+    settle,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,12 +63,10 @@ def advise(
         except UsageError:  # not for this model or method
             continue
     better = sorted((a for a in found if a.saves_bytes > WORTH * now), key=lambda a: -a.saves_bytes)
-    return (
-        *better,
-        Advice(
-            {"batch_size": 2 * options.batch_size}, now - peak(_with(options, {"batch_size": 2 * options.batch_size}))
-        ),
-    )
+    twice = {"batch_size": 2 * options.batch_size}
+    if twice["batch_size"] > OPTIONS["batch_size"].most:
+        return tuple(better)
+    return (*better, Advice(twice, now - peak(_with(options, twice))))
 
 
 def _with(options: TrainingOptions, change: dict[str, Any]) -> TrainingOptions:

@@ -331,8 +331,10 @@ def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
         if number > 1:
             peaks.append(bench.least_bytes(for_gpus(asked, number)))
             needs.append(trial.fit.needed_bytes if trial.fit else 0)
-            never = _hopeless(peaks, bench.room_bytes) or (holding and _hopeless(needs, bench.gpu.budget_bytes))
-            if never or (trial.runs_out in ALONE and found[number // 2].runs_out in ALONE):
+            never = _hopeless(peaks, bench.room_bytes)
+            # what is reserved falls by fits and starts: twice in a row it has to be too little
+            enough = holding and all(_hopeless(to, bench.gpu.budget_bytes) for to in (needs, needs[:-1]))
+            if never or enough or (loads_alone(trial) and loads_alone(found[number // 2])):
                 break
     last = max(found)
     if holding > 1:
@@ -340,6 +342,12 @@ def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
     if last > holding and found[last].roomy:
         fewest(last, bench.roomy)
     return sorted(found.items())
+
+
+def loads_alone(trial: Trial) -> bool:
+    """Whether memory runs out while each GPU loads the model as if it had no other."""
+    o = trial.options
+    return o is not None and trial.runs_out in ALONE and (o.parallel != "zero3" or o.method == "qlora")
 
 
 def _hopeless(peaks: Sequence[int], room_bytes: int) -> bool:

@@ -1,7 +1,8 @@
 """Which way to train a model: the method, the GPU and who lets it, by price and by time.
 
 `vramplan choose`. Every method is planned on every GPU that has an offer, on one and on as many as its instances have,
-and each offer is priced where the plan fits. What one GPU holds, several train by ddp, and what it does not by fsdp.
+and each offer is priced where the plan fits. What one GPU holds, several train by ddp, and where they do not hold that
+either, by fsdp.
 The options stay as asked: a larger GPU is not given a larger batch, and each of several takes the same.
 """
 
@@ -278,7 +279,10 @@ def _try_all(
     found = [_try(bench, asked, typed)]
     parallel = "ddp" if found[0].trial.roomy else "fsdp"
     for n in counts:
-        found.append(_try(bench, {**asked, "num_gpus": n, "parallel": parallel}, typed))
+        several = {**asked, "num_gpus": n}
+        found.append(_try(bench, several | {"parallel": parallel}, typed))
+        if parallel == "ddp" and not found[-1].trial.survives:  # which holds gradients twice
+            found.append(_try(bench, several | {"parallel": "fsdp"}, typed))
     return found
 
 
@@ -286,8 +290,8 @@ def _try(bench: Bench, asked: Mapping[str, object], typed: Callable[[Mapping[str
     trial = bench.trial(asked, closely=False)
     usable = trial.options is not None and trial.survives and trial.fit is not None and not trial.fit.lacks
     step_s = bench.span(trial.options) if usable and trial.options else None
-    num_gpus = asked.get("num_gpus", 1)
-    return Tried(str(asked["method"]), bench.gpu, int(str(num_gpus)), trial, step_s, typed(asked))
+    num_gpus = parse_options({"num_gpus": asked.get("num_gpus")}).num_gpus
+    return Tried(str(asked["method"]), bench.gpu, num_gpus, trial, step_s, typed(asked))
 
 
 def _ways(tried: Tried, found: Iterable[Offer]) -> list[Way]:

@@ -22,9 +22,9 @@ from vramplan.planner.traffic import Kernel, Section
 from vramplan.planner.zero import REDUCE_BUCKET, Zero, Zero3
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from vramplan.planner.run import Run
+    from vramplan.planner.run import MicroStep, Run
 
 COPIES = traffic.COPIES
 
@@ -65,67 +65,100 @@ def update(run: Run, sections: Sequence[Section]) -> list[Section]:
     return found
 
 
+def summed_gradients(run: Run) -> Section:
+    """As on one GPU: whole gradients, which fully_shard adds up over the GPUs in the last micro-step alone.
+
+    ZeRO 2 and 3 have added them up by then, and a rank adds what it keeps of them.
+    """
+    section = traffic.summed_gradients(run)
+    if not isinstance(run.sharing, Zero) or run.sharing.stage == 1:
+        return section
+    found = Section(section.name)
+    for _, numel in run.sharing.touched(run):
+        found.kernels[Kernel(traffic.ELEMENTWISE, 0, 3 * numel * ITEMSIZE[run.settings.weights_dtype])] += 1
+        found.backward_ops += 1
+    return found
+
+
 def _gathered(run: Run, sections: Sequence[Section], *, last: bool) -> list[Section]:
     """Units gathered before each of their sections, and their gradients added up after the last of them."""
     sharing = run.sharing
     assert isinstance(sharing, Fsdp | Zero3)
-    units, n = sharing.units(run), sharing.ranks
-    reshard = not isinstance(sharing, Fsdp) or sharing.reshard_after_forward
-    layers = len(units.layers)
-    tail, embedding = units.tail, units.embedding or units.tail
-    start, forward, loss, loss_back, backward, back = (
-        sections[0], sections[1 : 1 + layers], sections[1 + layers], sections[2 + layers], sections[3 + layers : -1],
-        sections[-1],
-    )  # fmt: skip
-    tied = units.embedding is None
-    known: dict[tuple[int, int, bool, bool], Section] = {}
-
-    def made(section: Section, unit: Unit | None, *, gather: bool, reduce: bool) -> Section:
-        if unit is None:
-            return section
-        key = (id(section), hash(tuple((s.shape, s.dtype, s.gathered, s.trained) for s in unit.shares)), gather, reduce)
+    units, played, n = sharing.units(run), run.first_micro_step, sharing.ranks
+    reshard = isinstance(sharing, Zero3) or sharing.reshard_after_forward
+    tied, layers = units.embedding is None, list(units.layers)
+    first = [*([units.root] if units.root.shares else []), units.embedding or units.tail]
+    tail = [] if tied else [units.tail]
+    again = [[unit] if reshard and runs else [] for unit, runs in zip(layers, played.runs, strict=True)]
+    embedding = [units.embedding] if units.embedding and reshard and played.runs[0] else []
+    gather = [first, *([unit] for unit in layers), tail, [], *reversed(again), embedding]
+    reduce = [[], *([] for _ in layers), [], tail, *([unit] for unit in reversed(layers)), first]
+    # ZeRO 3 keeps what is needed again soon: so many bytes it gathers
+    exact = _by_section(played, sharing.gathered(run)) if isinstance(sharing, Zero3) else [None] * len(sections)
+    alike = {id(u): hash(tuple((s.shape, s.dtype, s.gathered, s.trained) for s in u.shares)) for u in units.all}
+    known: dict[object, Section] = {}
+    found = []
+    for section, before, after, nbytes in zip(sections, gather, reduce, exact, strict=True):
+        key = (id(section), *(tuple(alike[id(u)] for u in each) for each in (before, after)), nbytes)
         if key not in known:
-            known[key] = _with(section, unit, n, gather=gather, reduce=reduce and last, offload=sharing.cpu_offload)
-        return known[key]
-
-    return [
-        made(start, embedding, gather=True, reduce=False),
-        *(made(s, unit, gather=True, reduce=False) for s, unit in zip(forward, units.layers, strict=True)),
-        made(loss, None if tied else tail, gather=True, reduce=False),
-        made(loss_back, None if tied else tail, gather=False, reduce=True),
-        *(made(s, unit, gather=reshard, reduce=True) for s, unit in zip(backward, reversed(units.layers), strict=True)),
-        made(back, embedding, gather=reshard and not tied and bool(run.settings.method == "full"), reduce=True),
-    ]
+            known[key] = _with(section, before, after if last else [], n, nbytes, offload=sharing.cpu_offload)
+        found.append(known[key])
+    return found
 
 
-def _with(section: Section, unit: Unit, n: int, *, gather: bool, reduce: bool, offload: bool) -> Section:
-    """A section with a unit's gathering before it, the reduction of its gradients after it, and the copies for both.
+def _by_section(played: MicroStep, by_stretch: Mapping[int, int]) -> list[int]:
+    """Figures of a micro-step's stretches, by the sections that these make: each layer one, and what is around them."""
+    layers = len(played.runs)
+    found = [0] * (2 * layers + 4)
+    for i, stretch in enumerate(played.stretches):
+        way, _, layer = stretch.name.partition(", layer ")
+        if layer:
+            at = 1 + int(layer) if way == "forward" else 2 * layers + 2 - int(layer)
+        else:
+            at = {"forward, embeddings": 0, "loss, backward": layers + 2, "backward, embeddings": 2 * layers + 3}.get(
+                stretch.name, layers + 1
+            )
+        found[at] += by_stretch.get(i, 0)
+    return found
 
-    `offload`: shards come from host memory as they are held there, and gradients go there.
+
+def _with(
+    section: Section, before: Sequence[Unit], after: Sequence[Unit], n: int, exact: int | None, *, offload: bool
+) -> Section:
+    """A section with the gathering of units before it, the reduction of their gradients after it, the copies for both.
+
+    `exact` are the bytes that are gathered, where that is not all of the units. `offload`: shards come from host
+    memory as they are held there, and gradients go there.
     """
-    whole, cast = sum(unit.whole(n)), unit.cast(n)
-    numel, wide = unit.reduced(n)
-    low = next((ITEMSIZE[s.gathered] for s in unit.shares if s.trained), 0)
-    kernels = section.kernels.copy()
-    hooks = section.hooks
+    kernels, hooks = section.kernels.copy(), section.hooks
     gathered = reduced = fetched = stored = 0
-    shards = list(zip(unit.shares, unit.shards(n), strict=True))
-    if gather and whole:
-        fetched = sum(nbytes for s, nbytes in shards if not s.stays) if offload else 0
-        gathered = whole * (n - 1) // n
-        held = sum(nbytes for s, nbytes in shards if s.gathered != s.dtype and not s.stays)
+    if exact:
+        gathered, fetched = exact * (n - 1) // n, exact // n if offload else 0
+        kernels[Kernel(COPIES, 0, 2 * exact // n)] += 1  # into the buffer
+        kernels[Kernel(COPIES, 0, 2 * exact)] += 1  # and out of it
+        hooks = hooks._replace(gathers=1, weights=sum(not s.stays for unit in before for s in unit.shares))
+    for unit in before if exact is None else ():
+        whole, cast = sum(unit.whole(n)), unit.cast(n)
+        shards = list(zip(unit.shares, unit.shards(n), strict=True))
+        fetched += sum(nbytes for _, nbytes in shards) if offload else 0
+        gathered += whole * (n - 1) // n
         if cast:
-            kernels[Kernel(COPIES, 0, held + cast)] += 1
-        kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1  # into the buffer
-        kernels[Kernel(COPIES, 0, 2 * whole)] += 1  # and out of it
-        hooks = hooks._replace(gathers=1, weights=sum(not s.stays for s in unit.shares))
-    if reduce and numel:
-        reduced = numel * low * (n - 1)
-        stored = sum(nbytes for s, nbytes in shards if s.trained) if offload else 0
+            kernels[Kernel(COPIES, 0, sum(nbytes for s, nbytes in shards if s.gathered != s.dtype) + cast)] += 1
+        kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1
+        kernels[Kernel(COPIES, 0, 2 * whole)] += 1
+        hooks = hooks._replace(gathers=hooks.gathers + 1, weights=hooks.weights + len(shards))
+    for unit in after:
+        numel, wide = unit.reduced(n)
+        if not numel:
+            continue
+        low = next(ITEMSIZE[s.gathered] for s in unit.shares if s.trained)
+        reduced += numel * low * (n - 1)
+        trained = [nbytes for s, nbytes in zip(unit.shares, unit.shards(n), strict=True) if s.trained]
+        stored += sum(trained) if offload else 0
         kernels[Kernel(COPIES, 0, 2 * n * numel * low)] += 1  # side by side
         if wide != low:
             kernels[Kernel(COPIES, 0, numel * (low + wide))] += 1
-        hooks = hooks._replace(reductions=1, gradients=sum(s.trained for s in unit.shares))
+        hooks = hooks._replace(reductions=hooks.reductions + 1, gradients=hooks.gradients + len(trained))
     return replace(
         section, kernels=kernels, gathered=gathered, reduced=reduced, fetched=fetched, stored=stored, hooks=hooks
     )
@@ -145,7 +178,7 @@ def _in_buckets(run: Run, sections: Sequence[Section]) -> list[Section]:
     known: dict[tuple[int, int, int], Section] = {}
     filled = 0
 
-    def of(section: Section, grads: Sequence[int], end: bool = False) -> Section:
+    def of(section: Section, grads: Sequence[int], end: bool) -> Section:
         nonlocal filled
         sums = 0
         for g in grads:
@@ -167,8 +200,10 @@ def _in_buckets(run: Run, sections: Sequence[Section]) -> list[Section]:
     outer = list(made.outer_grads.items())
     early = [g for name, g in outer if name in run.early]
     late = [g for name, g in outer if name not in run.early]
-    first = of(sections[2 + layers], late)
-    inner = [of(s, grads) for s, grads in zip(sections[3 + layers : -1], reversed(made.layer_grads), strict=True)]
+    back = sections[2 + layers :]
+    came = [late, *reversed(made.layer_grads), early]
+    last = max((i for i, grads in enumerate(came) if grads), default=0)
+    reduced = [of(s, grads, i == last) for i, (s, grads) in enumerate(zip(back, came, strict=True))]
     return [
-        *sections[: 2 + layers], first, *inner, of(sections[-1], early, end=True),
+        *sections[: 2 + layers], *reduced,
     ]  # fmt: skip

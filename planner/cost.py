@@ -102,9 +102,9 @@ def unpriced(run: TrainingOptions, gpu: str, found: Iterable[Offer], *, timed: b
     from vramplan.planner.links import host_gpus
 
     counts = [offer.gpu_count for offer in found if offer.gpu == gpu]
-    needed = min(run.num_gpus, host_gpus(catalog.gpu(gpu)))
     if not counts:
         return f"no known offer of {gpu}; a file of your own may have one (--prices)"
+    needed = min(run.num_gpus, host_gpus(catalog.gpu(gpu)))
     if not timed:
         return f"{untimed(run, gpu)}, and so no cost"
     return f"no known offer has {needed} {gpu} in one host, the largest {max(counts)}; a file may (--prices)"

@@ -230,9 +230,10 @@ def estimate(
     )  # fmt: skip
     shared_how = tuple(run.sharing.notes(run)) if run.sharing else ()
     made = replace(made, phases=(steps,), sharing_notes=shared_how)
-    if options.phases != ("training",) and not made.out_of_memory:
+    if options.phases != ("training",):
         from vramplan.planner import phases
 
+    if options.phases != ("training",) and not (made.out_of_memory and phases.OF_TRAINING.intersection(options.phases)):
         assert isinstance(allocator, Allocator)  # several GPUs have no phases but training
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
     nccl, _ = nccl_bytes(options.num_gpus, options.parallel)

@@ -239,6 +239,8 @@ def with_others(
     """
     found: dict[str, Phase] = {}
     failed, retries = "", training.retries - allocator.retries
+    if OF_TRAINING.isdisjoint(options.phases):
+        retries = -allocator.retries
     ours = {KEPT: "transformers/trainer_pt_utils.py, EvalLoopContainer", "KV cache": "transformers/cache_utils.py"}
     sources = {**sources, **ours}
     for name in options.phases:
@@ -260,7 +262,10 @@ def with_others(
             failed = found[name].peak_phase
             break
         if name == "evaluation":  # training goes on, with the cache as it was left
-            after, _ = _replayed("training", run, iter(run.step(1)), allocator, sources)
+            after, out = _replayed("training", run, iter(run.step(1)), allocator, sources)
+            if out is not None:  # only within a limit: without one the step has had its room before
+                failed = after.peak_phase
+                break
             if "training" in found and after.peak_reserved_bytes > found[name].peak_reserved_bytes:
                 found["training"] = replace(found["training"], peak_reserved_bytes=after.peak_reserved_bytes)
     top = max(found.values(), key=lambda phase: (phase.peak_reserved_bytes, phase.peak_allocated_bytes))
@@ -271,6 +276,7 @@ def with_others(
     )  # fmt: skip
 
 
+OF_TRAINING = frozenset({"training", "evaluation", "saving", "generation"})  # in its process; others have their own
 FLAGS = {
     "loading": "the size of the model",
     "evaluation": "--per-device-eval-batch-size or --eval-examples",

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vramplan.planner import comparison
-from vramplan.planner.capacity import ALONE, GPUS, MOST_TOKENS
+from vramplan.planner.capacity import GPUS, MOST_TOKENS, loads_alone
 from vramplan.planner.errors import UsageError
 from vramplan.planner.links import assumed
 from vramplan.planner.report import Block, Row, gpus_in_use, offered, recipe, short, show, verdict, whole_run
@@ -70,7 +70,7 @@ def fit_page(found: Capacity) -> list[Block]:
 
 
 def _no_more(last: Trial) -> str:
-    if last.runs_out in ALONE:
+    if loads_alone(last):
         return "do not help: each loads the whole model, as from_pretrained does without a device_map"
     return "do not help: what each holds by itself, padding included, is too much"
 

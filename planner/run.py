@@ -162,6 +162,7 @@ class Run:
         self._batch: list[int] = []
         self._loss = NOWHERE
         self._states: dict[str, optimizer.Held] = {}
+        self._group_states: dict[str, dict[str, optimizer.Held]] = {}
         self._norm: optimizer.Held | None = None
         self._found_inf: optimizer.Held | None = None
         self._outside = Tape()  # clipping and the optimizer
@@ -517,10 +518,13 @@ class Run:
         self._norm = norm
         return self._collect("")
 
-    def optimize(self, first: bool) -> list[int]:
-        """The optimizer's step."""
+    def optimize(self, first: bool, only: Sequence[Parameter] | None = None) -> list[int]:
+        """The optimizer's step, of all that it holds, or of one group of it after another (`only`)."""
+        states = self._states
+        if only is not None:
+            states = self._group_states.setdefault(only[0].name, dict(self._states))
         optimizer.play(
-            self._outside, self.optimizer, self.parameters, self._states, first,
+            self._outside, self.optimizer, self.parameters if only is None else only, states, first,
             embeddings=self._embeddings, layer_norms=self.layer_norms, scaled=self.scaled,
             gpu=self.settings.multiprocessors,
         )  # fmt: skip

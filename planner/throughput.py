@@ -274,7 +274,7 @@ def _shared_work(run: Run, tokens: int, ranks: int) -> Work:
     if communication.unknown(run):
         return Work((), tokens, ranks, unknown=True)
     micro, update = tuple(traffic.micro_step(run)), traffic.update(run)
-    summed = (traffic.summed_gradients(run),) if run.accumulation > 1 else ()
+    summed = (communication.summed_gradients(run),) if run.accumulation > 1 else ()
     first = tuple(communication.micro_step(run, micro, last=False)) if run.accumulation > 1 else ()
     last = tuple(communication.micro_step(run, micro, last=True))
     several = ((first, 1), ((*first, *summed), run.accumulation - 2)) if run.accumulation > 1 else ()

@@ -486,7 +486,7 @@ def _tiles(run: Run, forward: Section, backward: Section) -> None:
 def summed_gradients(run: Run) -> Section:
     """What a micro-step adds to those before it: each gradient in place, two read and one written."""
     section = Section("gradients, summed")
-    _add(section, [p.numel * ITEMSIZE[p.dtype] for p in run.parameters])
+    _add(section, [run.program.sizes[g] for g in run.first_micro_step.grads])
     return section
 
 

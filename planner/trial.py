@@ -128,7 +128,7 @@ class Bench:
         """Whether the run's tensors alone would find room; False also where there can be no such run."""
         try:
             options = self.options(asked)
-            return self._peak(options) <= self._room_bytes(options)
+            return "training" not in options.phases or self._peak(options) <= self._room_bytes(options)
         except UsageError:
             return False
 
@@ -168,7 +168,7 @@ class Bench:
         try:
             options = self.options(asked)
             room_bytes = self._room_bytes(options)
-            if not closely and self._peak(options) > room_bytes:
+            if not closely and "training" in options.phases and self._peak(options) > room_bytes:
                 needed = self._peak(options) + self.gpu.budget_bytes - room_bytes
                 return Trial(options, fit_on(self.gpu, needed, abilities(options)))
             played = self._replay(options)
@@ -218,9 +218,9 @@ class Bench:
         key = (_events(self._run(options)), options.expandable_segments, room)
         if key not in self._shared:
             self._shared[key] = memory.estimate(self.architecture, options, self.on, counts, room)
-        found = self._shared[key]
-        context, hidden = self.on.context_bytes + found.nccl_bytes, self.on.hidden_bytes
-        return replace(found, context_bytes=context, hidden_bytes=hidden)
+        nccl = nccl_bytes(options.num_gpus, options.parallel)[0]
+        context, hidden = self.on.context_bytes + nccl, self.on.hidden_bytes
+        return replace(self._shared[key], context_bytes=context, hidden_bytes=hidden, nccl_bytes=nccl)
 
 
 def _events(run: Run) -> Events:

@@ -9,7 +9,7 @@ runtime/zero/parameter_offload.py, runtime/zero/partitioned_param_coordinator.py
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from math import prod
@@ -302,7 +302,7 @@ class Zero:
     def update(self, run: Run, first: bool) -> list[Stretch]:
         """The norm in float64, tensor by tensor; then each group's part of the gradients in float32, and its step.
 
-        get_grad_norm_direct, step. The optimizer's own events are those of all groups, at the first and largest.
+        get_grad_norm_direct, step.
         """
         from vramplan.planner.run import Stretch
 
@@ -323,8 +323,7 @@ class Zero:
                 events += (2 * flat, 2 * low + 1)
             if i == len(groups) - 1 and self._sums >= 0:
                 events.append(2 * self._sums + 1)
-            if i == 0:
-                events += run.optimize(first)
+            events += run.optimize(first, run.parameters[i : i + 1])
             events.append(2 * flat + 1)
         return [Stretch("gradient clipping", norm), Stretch("optimizer step", events)]
 
@@ -361,6 +360,12 @@ class Zero3(Zero):
     def __init__(self, ranks: int, *, cpu_offload: bool = False) -> None:
         super().__init__(ranks, 3, cpu_offload=cpu_offload)
         self._units: Units | None = None
+        self._gathered: Counter[int] = Counter()
+
+    def gathered(self, run: Run) -> Counter[int]:
+        """Bytes that a micro-step gathers, by the stretch that first waits for them."""
+        run.micro_step(False)
+        return self._gathered
 
     def played(self, s: Settings) -> Settings:
         """As under ZeRO 2, but an adapter stays as PEFT made it.
@@ -477,7 +482,9 @@ class Zero3(Zero):
 
         made, names = first, set(first.grads)
         bucket = _Bucket(run.program, REDUCE_BUCKET * self._item, stream=REDUCE)
-        fetched = Coordinator(run.program, self.ranks).play(list(_visits(run, made, self.units(run))))
+        coordinator = Coordinator(run.program, self.ranks)
+        fetched = coordinator.play(list(_visits(run, made, self.units(run))))
+        self._gathered = coordinator.gathered
         played = [
             Stretch(s.name, with_hooks(s.events, run.program, names, bucket.add, fetched.get(i, {})))
             for i, s in enumerate(made.stretches)
@@ -599,6 +606,7 @@ class _Group:
     copies: dict[str, int]
     awaited: set[str] = field(default_factory=set)
     copied: bool = False
+    known: bool = False  # in Coordinator.gathered
 
 
 class Coordinator:
@@ -615,6 +623,7 @@ class Coordinator:
         self.groups: dict[str, _Group] = {}  # in flight, by weight
         self.held: dict[str, int] = {}  # what holds each weight that is whole
         self.live = 0  # elements that are whole or under way
+        self.gathered: Counter[int] = Counter()  # bytes, by the stretch that first waits for them
         self.queue: deque[tuple[Share, int]] = deque()  # weights that are still to be needed, each with its visit
         self.fetched_for: dict[str, int] = {}  # the last visit for which each weight was fetched
 
@@ -697,6 +706,9 @@ class Coordinator:
 
     def _wait(self, share: Share, place: Place) -> None:
         group = self.groups.pop(share.name)
+        if not group.known:
+            group.known = True
+            self.gathered[place[0]] += self.program.sizes[group.flat]
         if not group.copies:
             self.held[share.name] = group.flat
             return

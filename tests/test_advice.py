@@ -98,3 +98,10 @@ def test_both_at_the_command_line() -> None:
     assert "Allocated memory over the step" in shown.output
     answer = runner.invoke(cli, ["gpt2", "--seq-len", "64", "--advice", "--json"], standalone_mode=False)
     assert {"change", "saves_bytes"} == json.loads(answer.output)["advice"][0].keys()
+
+
+def test_no_batch_is_advised_that_cannot_be_asked_for() -> None:
+    assert not any(
+        each.change == {"batch_size": 1_200_000}
+        for each in plan("gpt2", method="lora", batch_size=600_000, seq_len=1).advice()
+    )

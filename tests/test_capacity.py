@@ -207,6 +207,28 @@ def test_the_fewest_and_the_fewest_with_the_whole_cache() -> None:
         assert made.fits is (number >= holding[0])
 
 
+def test_parts_that_are_loaded_shrink_with_the_number_of_gpus() -> None:
+    """ZeRO 3 partitions weights as they are loaded, so running out there is no reason to stop."""
+    found = fit("llama-3.1-70b", gpu="rtx-4090", over="num_gpus", parallel="zero3", method="lora")
+    assert [number for number, trial in found.gpus if trial.roomy][-1] == 32
+    assert found.gpus[1][1].runs_out == "loading"
+
+
+def test_what_is_reserved_falls_by_fits_and_starts() -> None:
+    found = fit("qwen2.5-1.5b", gpu="11075736599B", over="num_gpus", parallel="zero2", method="full")
+    assert found.gpus[-1][1].roomy
+
+
+def test_phases_of_their_own_process_are_judged_by_themselves() -> None:
+    """A merge does not depend on the batch."""
+    found = fit(
+        "llama-3.1-8b", gpu="rtx-4090", over="rank", method="qlora", batch_size=16, seq_len=8192, phases="merging"
+    )
+    (ranks,) = found.limits
+    assert ranks.largest
+    assert ranks.largest.trial.survives
+
+
 def test_zero_is_looked_for_too() -> None:
     found = fit("qwen2.5-0.5b", gpu="6GiB", over="num_gpus", method="full", parallel="zero2", seq_len=256)
     assert [trial.refused for _, trial in found.gpus] == [""] * len(found.gpus)

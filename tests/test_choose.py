@@ -252,6 +252,27 @@ def test_a_method_that_cannot_be_is_said(prices: Path) -> None:
     assert "full: mixed_precision fp16 cannot train fp16 weights" in words(choose(MODEL, prices=prices, **one))
 
 
+def test_what_ddp_does_not_hold_is_tried_by_fsdp() -> None:
+    found = choose("qwen2.5-3b", method="full", batch_size=4, gpu="l40s")
+    ways = {
+        (each.num_gpus, each.trial.options.parallel): each.trial.survives for each in found.tried if each.trial.options
+    }
+    assert (ways[1, "none"], ways[4, "ddp"], ways[4, "fsdp"]) == (True, False, True)
+
+
+def test_numbers_as_the_command_line_has_them(prices: Path) -> None:
+    assert choose(MODEL, prices=prices, gpu="h100", num_gpus="8.0").ways[0].tried.num_gpus == 8
+
+
+def test_nccls_buffers_are_those_of_the_number_of_gpus() -> None:
+    for each in choose("qwen2.5-0.5b", method="lora", gpu="h100").tried:
+        sharing = {"num_gpus": each.num_gpus, "parallel": "ddp"} if each.num_gpus > 1 else {}
+        alone = plan("qwen2.5-0.5b", method="lora", gpu="h100", **sharing).fit
+        assert each.trial.fit
+        assert alone
+        assert each.trial.fit.needed_bytes == alone.needed_bytes
+
+
 def test_several_instances_cost_several_at_the_slow_end_too(prices: Path) -> None:
     found = choose(MODEL, prices=prices, method="lora", gpu="h100", num_gpus=16, parallel="ddp")
     (way,) = found.ways

@@ -270,3 +270,17 @@ def test_defaults_and_the_way_back() -> None:
     )
     assert again.as_dict() == run.as_dict()
     assert parse_options({"phases": "generation", "seq_len": 100}).prompt_len == 1
+
+
+def test_a_step_after_an_evaluation_may_run_out_too() -> None:
+    options = {
+        "method": "full", "seq_len": 7, "optimizer": "rmsprop_bnb_32bit", "expandable_segments": True,
+        "weights_dtype": "fp32", "trainer": "trl", "prediction_loss_only": False, "eval_examples": 9,
+    }  # fmt: skip
+    config = small("gemma", 1)
+    free = plan(config, phases="training,evaluation", **options).memory
+    gpu = f"{119_537_152 + free.context_bytes - free.hidden_bytes}B"
+    for more in ({}, {"phases": "training,evaluation,generation", "prompt_len": 8, "max_new_tokens": 3}):
+        made = plan(config, gpu=gpu, **{"phases": "training,evaluation", **options, **more})
+        assert made.fit
+        assert not made.fit.fits

@@ -13,8 +13,8 @@ from record_deepspeed import FILE, asked
 from test_sharding import TINY, run_of
 
 from vramplan import plan
-from vramplan.planner import fit, memory, throughput, zero
-from vramplan.planner.run import Program, alive
+from vramplan.planner import communication, fit, memory, throughput, zero
+from vramplan.planner.run import Program, Run, alive
 from vramplan.planner.sharding import Share
 from vramplan.planner.zero import LIVE, PREFETCHED, Coordinator, Visit, with_hooks
 from vramplan.probes import compare
@@ -276,3 +276,49 @@ def test_bytes_over_the_links_are_as_many_for_more_gpus() -> None:
 def test_where_zero_3_failed_is_said(checkpointing: bool) -> None:
     made = plan("gpt2", seq_len=64, num_gpus=2, parallel="zero3", gradient_checkpointing=checkpointing)
     assert any("failed on a GPU with torch 2.11" in note for note in made.memory.notes) is checkpointing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "reshard_after_forward": False},
+        {"parallel": "zero3"},
+        {"parallel": "zero3", "gradient_checkpointing": False},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "llama-3.2-1b", "gpt2", "opt-125m"])
+def test_time_gathers_what_memory_does(model: str, method: str, options: dict[str, Any]) -> None:
+    def run() -> Run:
+        made = plan(model, method=method, seq_len=64, num_gpus=4, **options)
+        return memory.run_of(made.architecture, made.options, made.device, made.counts)
+
+    timed = sum(s.gathered * times for stretch, times in throughput.work(run()).stretches for s in stretch)
+    played = run()
+    played.step(0)
+    program = played.program
+    events = [e for stretch in played.step(1) for e in stretch.events if not e & 1]
+    held = [program.sizes[e >> 1] for e in events if program.labels[e >> 1] == "weights, gathered"]
+    assert timed == pytest.approx(sum(held) * 3 / 4, rel=1e-4)
+
+
+def test_zero_steps_one_group_after_another() -> None:
+    """A foreach optimizer's temporaries are those of one sub-group: of 8B there are nine."""
+    peaks = {
+        name: plan("llama-3.1-8b", method="full", parallel="zero3", num_gpus=2, optimizer=name, seq_len=512).memory
+        for name in ("adamw_torch", "adamw_torch_fused")
+    }
+    more = peaks["adamw_torch"].peak_allocated_bytes - peaks["adamw_torch_fused"].peak_allocated_bytes
+    assert 0 < more < 4 * 10**9 // 2  # one list of a rank's half of 1,000,000,000 elements
+
+
+@pytest.mark.parametrize(
+    ("parallel", "item"), [("fsdp", 2), ("ddp", 2), ("zero1", 2)],
+)  # fmt: skip
+def test_whole_gradients_are_summed_over_micro_steps(parallel: str, item: int) -> None:
+    run = run_of(TINY, method="full", parallel=parallel, gradient_accumulation_steps=3)
+    section = communication.summed_gradients(run)
+    assert section.backward_ops == len(run.trained)
+    assert sum(k.nbytes * n for k, n in section.kernels.items()) == 3 * item * sum(p.numel for p in run.trained)
