@@ -15,6 +15,7 @@ from vramplan.planner import catalog
 from vramplan.planner.architecture import parse
 from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.fit import largest, largest_with
+from vramplan.planner.links import host_gpus
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import for_gpus, for_method, parse_options, settle
@@ -301,9 +302,10 @@ def _method(bench: Bench, asked: Asked, method: str) -> tuple[str, Trial]:
 def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
     """The run on one GPU, and shared by twice as many each time, until it fits with its whole cache or never will.
 
-    Below the first power of two that holds it, and below the first that holds it so, the fewest are looked for: the
-    number before them does not. Raises UsageError where it cannot be shared so at all.
+    Below the first power of two that holds it, and below the first that holds it so, the fewest are looked for that do,
+    with as many on each host. Raises UsageError where it cannot be shared so at all.
     """
+    most = host_gpus(bench.gpu)
     found: dict[int, Trial] = {}
     peaks: list[int] = []
     needs: list[int] = []
@@ -317,7 +319,9 @@ def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
         least = number // 2
         more = largest(lambda n: not holds(for_gpus(asked, least + n)), 1, number - least).fails
         assert more is not None  # the last of them is `number`
-        tried(least + more)
+        hosts = -(-(least + more) // most)
+        alike = -(-(least + more) // hosts) * hosts
+        tried(alike if holds(for_gpus(asked, alike)) else least + more)
 
     holding = 0
     for number in GPUS:

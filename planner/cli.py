@@ -325,8 +325,8 @@ def fit(
 
     Each size named by --over is varied by itself, the other options as asked: the largest that fits with its whole
     cache, how much it leaves, and why the next one fails. batch_size and seq_len together give the largest batch for
-    each sequence length besides, with method for each method. Of num_gpus it is the fewest that hold the run, under
-    fsdp unless --parallel says otherwise.
+    each sequence length besides, with method for each method. Of num_gpus it is the fewest that hold the run, as many
+    on each host, under fsdp unless --parallel says otherwise.
 
     \b
     Examples:
