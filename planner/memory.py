@@ -449,7 +449,7 @@ def _notes(run: Run, on: Device, options: TrainingOptions, made: MemoryEstimate)
     if experts:
         notes.append(
             f"the experts of {run.architecture.model_type} are single tensors in transformers, which bitsandbytes does "
-            "not quantise: they stay whole, so LoRA takes little more than QLoRA"
+            "not quantise: they stay whole, and QLoRA saves little"
         )
     if s.frozen_dtype != s.weights_dtype and options.parallel in ("none", "ddp", "fsdp"):
         wide = 4 * run.plain_parameters
