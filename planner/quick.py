@@ -47,10 +47,16 @@ def peak_bytes(run: Run) -> int:
 
 def _played(run: Run) -> int:
     """The same of a run on several GPUs: its events one by one, without an allocator."""
-    sizes = run.program.sizes
-    before = [e for stretch in run.loading for e in stretch.events] + [e for s in run.step(0) for e in s.events]
-    now, _ = change(before, sizes)
-    return now + change([e for stretch in run.step(1) for e in stretch.events], sizes)[1]
+    before = [stretch.events for stretch in (*run.loading, *run.step(0))]
+    after = [stretch.events for stretch in run.step(1)]
+    return steady_peak(([*before, *after], run.program.sizes, ()), len(before))
+
+
+def steady_peak(seen: tuple[Sequence[Sequence[int]], Sequence[int], object], before: int) -> int:
+    """The peak of a run's events by stretches, with sizes, from the stretch `before` on."""
+    stretches, sizes, _ = seen
+    first, second = ([e for stretch in part for e in stretch] for part in (stretches[:before], stretches[before:]))
+    return change(first, sizes)[0] + change(second, sizes)[1]
 
 
 def _micro_step(run: Run, again: bool) -> Iterator[_Change]:

@@ -17,7 +17,7 @@ from vramplan.planner.device import device, nccl_bytes
 from vramplan.planner.errors import UsageError
 from vramplan.planner.fit import fit_on, judged, room_bytes
 from vramplan.planner.plan import _count, _learned, abilities
-from vramplan.planner.quick import peak_bytes
+from vramplan.planner.quick import peak_bytes, steady_peak
 from vramplan.planner.training import flags, parse_options, settle
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Bench:
         self.room_bytes = room_bytes(gpu, self.on)
         self._shared = shared
         self._peaks: dict[TrainingOptions, int] = {}
+        self._last: tuple[TrainingOptions, Events, int] | None = None
         self._replayed: dict[tuple[TrainingOptions, int | None], MemoryEstimate] = {}
 
     def options(self, asked: Mapping[str, object]) -> TrainingOptions:
@@ -200,8 +201,16 @@ class Bench:
 
     def _peak(self, options: TrainingOptions) -> int:
         if options not in self._peaks:
-            self._peaks[options] = peak_bytes(self._run(options))
+            shared = options.num_gpus > 1  # whose events are the quickest way to it, and are asked for next
+            found = steady_peak(*self._seen(options)) if shared else peak_bytes(self._run(options))
+            self._peaks[options] = found
         return self._peaks[options]
+
+    def _seen(self, options: TrainingOptions) -> tuple[Events, int]:
+        """The events of a run, and how many stretches of them are before its second step."""
+        if self._last is None or self._last[0] != options:
+            self._last = (options, *_events(self._run(options)))
+        return self._last[1:]
 
     def _run(self, options: TrainingOptions) -> Run:
         return memory.run_of(self.architecture, options, self.on, _count(self.architecture, options))
@@ -215,7 +224,7 @@ class Bench:
         counts = _count(self.architecture, options)
         if self._shared is None or options.phases != ("training",):  # of those the events say nothing
             return memory.estimate(self.architecture, options, self.on, counts, room)
-        key = (_events(self._run(options)), options.expandable_segments, room)
+        key = (self._seen(options)[0], options.expandable_segments, room)
         if key not in self._shared:
             self._shared[key] = memory.estimate(self.architecture, options, self.on, counts, room)
         nccl = nccl_bytes(options.num_gpus, options.parallel)[0]
@@ -223,9 +232,8 @@ class Bench:
         return replace(self._shared[key], context_bytes=context, hidden_bytes=hidden, nccl_bytes=nccl)
 
 
-def _events(run: Run) -> Events:
+def _events(run: Run) -> tuple[Events, int]:
     """All that the allocator is given: the events up to the second step, which later ones repeat; sizes, streams."""
-    stretches = (*run.loading, *run.step(0), *run.step(1))
-    program = run.program
-    events = tuple([tuple(stretch.events) for stretch in stretches])
-    return events, tuple(program.sizes), tuple(program.streams.items())
+    before = (*run.loading, *run.step(0))
+    events = tuple([tuple(stretch.events) for stretch in (*before, *run.step(1))])
+    return (events, tuple(run.program.sizes), tuple(run.program.streams.items())), len(before)
