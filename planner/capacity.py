@@ -15,7 +15,7 @@ from vramplan.planner import catalog
 from vramplan.planner.architecture import parse
 from vramplan.planner.errors import UsageError, shown, unknown
 from vramplan.planner.fit import largest, largest_with
-from vramplan.planner.links import host_gpus
+from vramplan.planner.links import host_gpus, hosts
 from vramplan.planner.sources import resolve_model
 from vramplan.planner.stack import parse_stack
 from vramplan.planner.training import for_gpus, for_method, parse_options, settle
@@ -319,9 +319,9 @@ def _gpus(bench: Bench, asked: Asked) -> list[tuple[int, Trial]]:
         least = number // 2
         more = largest(lambda n: not holds(for_gpus(asked, least + n)), 1, number - least).fails
         assert more is not None  # the last of them is `number`
-        hosts = -(-(least + more) // most)
-        alike = -(-(least + more) // hosts) * hosts
-        tried(alike if holds(for_gpus(asked, alike)) else least + more)
+        few = least + more
+        alike = few + -few % hosts(few, most)
+        tried(alike if holds(for_gpus(asked, alike)) else few)
 
     holding = 0
     for number in GPUS:

@@ -132,21 +132,19 @@ def _with(
     """
     kernels, hooks = section.kernels.copy(), section.hooks
     gathered = reduced = fetched = stored = 0
-    if exact:
-        gathered, fetched = exact * (n - 1) // n, exact // n if offload else 0
-        kernels[Kernel(COPIES, 0, 2 * exact // n)] += 1  # into the buffer
-        kernels[Kernel(COPIES, 0, 2 * exact)] += 1  # and out of it
-        hooks = hooks._replace(gathers=1, weights=sum(not s.stays for unit in before for s in unit.shares))
-    for unit in before if exact is None else ():
-        whole, cast = sum(unit.whole(n)), unit.cast(n)
-        shards = list(zip(unit.shares, unit.shards(n), strict=True))
-        fetched += sum(nbytes for _, nbytes in shards) if offload else 0
+    gathers = [(sum(unit.whole(n)), sum(unit.shards(n)), len(unit.shares)) for unit in before]
+    if exact is not None:
+        gathers = [(exact, exact // n, sum(not s.stays for unit in before for s in unit.shares))] if exact else []
+    for whole, shards, weights in gathers:
+        fetched += shards if offload else 0
         gathered += whole * (n - 1) // n
-        if cast:
-            kernels[Kernel(COPIES, 0, sum(nbytes for s, nbytes in shards if s.gathered != s.dtype) + cast)] += 1
-        kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1
-        kernels[Kernel(COPIES, 0, 2 * whole)] += 1
-        hooks = hooks._replace(gathers=hooks.gathers + 1, weights=hooks.weights + len(shards))
+        kernels[Kernel(COPIES, 0, 2 * whole // n)] += 1  # into the buffer
+        kernels[Kernel(COPIES, 0, 2 * whole)] += 1  # and out of it
+        hooks = hooks._replace(gathers=hooks.gathers + 1, weights=hooks.weights + weights)
+    for unit in before:
+        if cast := unit.cast(n):
+            held = (nbytes for s, nbytes in zip(unit.shares, unit.shards(n), strict=True) if s.gathered != s.dtype)
+            kernels[Kernel(COPIES, 0, sum(held) + cast)] += 1
     for unit in after:
         numel, wide = unit.reduced(n)
         if not numel:
@@ -204,6 +202,4 @@ def _in_buckets(run: Run, sections: Sequence[Section]) -> list[Section]:
     came = [late, *reversed(made.layer_grads), early]
     last = max((i for i, grads in enumerate(came) if grads), default=0)
     reduced = [of(s, grads, i == last) for i, (s, grads) in enumerate(zip(back, came, strict=True))]
-    return [
-        *sections[: 2 + layers], *reduced,
-    ]  # fmt: skip
+    return [*sections[: 2 + layers], *reduced]

@@ -112,7 +112,7 @@ def unpriced(run: TrainingOptions, gpu: str, found: Iterable[Offer], *, timed: b
 
 def untimed(run: TrainingOptions, gpu: str) -> str:
     """Why no time of a step is known, in words."""
-    if run.cpu_offload and run.parallel.startswith("zero"):
+    if run.steps_in_deepspeed:
         return "what DeepSpeed's optimizer takes in host memory is not measured, so no time of a step is known"
     return f"the rates of {gpu} are not known, so no time of a step is"
 

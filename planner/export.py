@@ -21,7 +21,7 @@ from vramplan.planner.errors import UsageError, printable, reason, shown, unknow
 from vramplan.planner.files import write_text
 from vramplan.planner.frameworks import AXOLOTL, LLAMAFACTORY, SFT, TRANSFORMERS, TRL, Framework
 from vramplan.planner.launchers import ACCELERATE
-from vramplan.planner.links import HOST_GPUS
+from vramplan.planner.links import HOST_GPUS, hosts
 from vramplan.planner.training import OPTIONS, TARGET_GROUPS, TrainingOptions, flags, parse_options, unused
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _run(target: str, options: TrainingOptions) -> str:
 
 def _machines(num_gpus: int) -> int:
     """As few as hold the GPUs; accelerate starts as many processes on each (num_processes // num_machines)."""
-    machines = -(-num_gpus // HOST_GPUS)
+    machines = hosts(num_gpus)
     if num_gpus % machines:
         fewer = num_gpus // machines * machines
         raise UsageError(

@@ -30,7 +30,7 @@ from vramplan.planner.frameworks import (
     other_than,
     refused,
 )
-from vramplan.planner.links import HOST_GPUS
+from vramplan.planner.links import HOST_GPUS, hosts
 from vramplan.planner.zero import LIVE, PERSISTENT, PREFETCHED, REDUCE_BUCKET, REUSED, SUB_GROUP
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _other_hosts(values: Mapping[str, Any]) -> bool:
     """Whether the GPUs are of more machines or of fewer than they are planned on."""
     try:
         processes = _whole("num_processes", values.get("num_processes"))
-        return _whole("num_machines", values.get("num_machines", 1)) != -(-processes // HOST_GPUS)
+        return _whole("num_machines", values.get("num_machines", 1)) != hosts(processes)
     except UsageError:  # said by the rule of num_gpus
         return False
 

@@ -62,6 +62,11 @@ def host_gpus(gpu: Gpu | None) -> int:
     return gpu.host_gpus or HOST_GPUS if gpu else HOST_GPUS
 
 
+def hosts(num_gpus: int, each: int = HOST_GPUS) -> int:
+    """The fewest hosts that hold so many GPUs, with at most `each` in one."""
+    return -(-num_gpus // each)
+
+
 def joined(gpu: Gpu) -> int:
     """GPUs that are joined without a network: those of a host, or of a rack that NVLink joins."""
     return max(host_gpus(gpu), gpu.nvlink_gpus or 0)
@@ -72,18 +77,18 @@ def links(gpu: Gpu, num_gpus: int) -> tuple[Link, Link, Link]:
     if num_gpus == 1:
         return Link(), Link(), Link()
     here = min(num_gpus, joined(gpu))
-    hosts = -(-num_gpus // here)
+    apart = hosts(num_gpus, here)
     by_nvlink = _by_nvlink(gpu, here)
     made = []
     for i, protocol in enumerate((0, 0, 1)):
         per_s = math.inf if here == 1 else _NVLINK[i] * _nvlink_per_s(gpu, here) if by_nvlink else _WIRE[i] * _pcie(gpu)
-        if hosts > 1:
+        if apart > 1:
             per_s = min(per_s, _NETWORK[i] * _network_per_s(gpu, i))
         by = 0 if by_nvlink else 1
         inside, between = _RING[protocol][by], _RING[protocol][2]
-        ring = (num_gpus - hosts) * inside + (hosts - 1) * between
+        ring = (num_gpus - apart) * inside + (apart - 1) * between
         inside, between = _TREE[protocol][by], _TREE[protocol][2]
-        tree = 2 * ((here - 1) * inside + math.ceil(math.log2(hosts)) * between)
+        tree = 2 * ((here - 1) * inside + math.ceil(math.log2(apart)) * between)
         made.append(Link(per_s, (_START[i] + ring) * 1e-6, (_START[i] + min(2 * ring, tree)) * 1e-6))
     middle, fast, slow = made
     return middle, fast, slow
@@ -94,9 +99,9 @@ def assumed(gpu: Gpu, num_gpus: int) -> str:
     here = joined(gpu)
     if num_gpus > here:
         per_s = _network_per_s(gpu, 0) * 8 / 1e9
-        hosts = "each GPU a host of its own" if here == 1 else f"hosts of {here} GPUs"
+        of = "each GPU a host of its own" if here == 1 else f"hosts of {here} GPUs"
         return (
-            f"the step's time assumes {hosts} and a network of {per_s:,.0f} Gb/s for each, of which collectives reach "
+            f"the step's time assumes {of} and a network of {per_s:,.0f} Gb/s for each, of which collectives reach "
             f"{_NETWORK[0]:.0%}; what is let may have less, and none of it is measured"
         )
     if num_gpus == 1:

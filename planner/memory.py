@@ -14,10 +14,11 @@ from vramplan.planner.layers import Moe
 from vramplan.planner.parameters import is_quantised
 from vramplan.planner.run import Run, Stretch, alive
 from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.training import OF_TRAINING
 from vramplan.planner.versions import as_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from vramplan.planner.allocator import OutOfMemory, Replay
     from vramplan.planner.attention import Kernel
@@ -230,10 +231,9 @@ def estimate(
     )  # fmt: skip
     shared_how = tuple(run.sharing.notes(run)) if run.sharing else ()
     made = replace(made, phases=(steps,), sharing_notes=shared_how)
-    if options.phases != ("training",):
+    if options.phases != ("training",) and not (made.out_of_memory and OF_TRAINING.intersection(options.phases)):
         from vramplan.planner import phases
 
-    if options.phases != ("training",) and not (made.out_of_memory and phases.OF_TRAINING.intersection(options.phases)):
         assert isinstance(allocator, Allocator)  # several GPUs have no phases but training
         made = phases.with_others(made, run, options, on, counts, allocator, sources, limit_bytes)
     nccl, _ = nccl_bytes(options.num_gpus, options.parallel)
@@ -293,19 +293,16 @@ def replay(
         return result
 
     beginning = list(run.loading)
-    before_training: list[Replay] = []
-    for position, stretch in enumerate(beginning):
-        if position >= READY:
-            allocator.empty_cache()  # see below: the Trainer does that before accelerate shares the model
+
+    def loaded(position: int) -> Replay:
+        stretch = beginning[position]
         if stretch.wanted and limit_bytes is not None:
             free = limit_bytes - allocator.replay([], program.sizes).reserved_bytes
             if free < stretch.wanted:
                 beginning[position] = Stretch(stretch.name, [*stretch.otherwise])
-        before_training.append(replayed(set(), beginning, position))
-        if failed:
-            break
-        if stretch.events and position == PREPARED:
-            allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
+        return replayed(set(), beginning, position)
+
+    before_training = _load(allocator, beginning, loaded)
     reserved = before_training[-1].reserved_bytes
     before = before_training if limit_bytes is not None else _least(run, options, before_training)
     if not failed:
@@ -346,16 +343,34 @@ def replay(
     )
 
 
+def _load(
+    allocator: Allocator | Streams, beginning: Sequence[Stretch], play: Callable[[int], Replay]
+) -> Sequence[Replay]:
+    """The stretches before the first step, each by `play`, up to one that finds no room."""
+    found: list[Replay] = []
+    for position, stretch in enumerate(beginning):
+        if position >= READY:
+            allocator.empty_cache()  # the Trainer does that before accelerate shares the model
+        found.append(play(position))
+        if found[-1].out_of_memory:
+            break
+        if stretch.events and position == PREPARED:
+            allocator.empty_cache()  # prepare_model_for_kbit_training ends with it (peft/utils/other.py)
+    return found
+
+
 def _least(run: Played, options: TrainingOptions, as_played: Sequence[Replay]) -> Sequence[Replay]:
     """What loading needs at least: where it can do with less it does, on a GPU that has no more."""
-    if not any(stretch.otherwise for stretch in run.loading):
+    beginning = run.loading
+    if not any(stretch.otherwise for stretch in beginning):
         return as_played
-    allocator, found = _allocator(run, options, None), []
-    for position, stretch in enumerate(run.loading):
-        if position >= READY:
-            allocator.empty_cache()
-        found.append(allocator.replay([*stretch.otherwise] or stretch.events, run.program.sizes))
-    return found
+    allocator = _allocator(run, options, None)
+
+    def least(position: int) -> Replay:
+        stretch = beginning[position]
+        return allocator.replay([*stretch.otherwise] or stretch.events, run.program.sizes)
+
+    return _load(allocator, beginning, least)
 
 
 def no_room(failed: OutOfMemory, flags: str) -> UsageError:

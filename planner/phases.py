@@ -24,6 +24,7 @@ from vramplan.planner.passes import Passes
 from vramplan.planner.run import Stretch, alive
 from vramplan.planner.step import NOWHERE
 from vramplan.planner.trainer import TRAINERS
+from vramplan.planner.training import OF_TRAINING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -238,9 +239,8 @@ def with_others(
     `allocator` is as training has left it. Raises UsageError for what no machine holds.
     """
     found: dict[str, Phase] = {}
-    failed, retries = "", training.retries - allocator.retries
-    if OF_TRAINING.isdisjoint(options.phases):
-        retries = -allocator.retries
+    before = 0 if OF_TRAINING.isdisjoint(options.phases) else training.retries
+    failed, retries = "", before - allocator.retries
     ours = {KEPT: "transformers/trainer_pt_utils.py, EvalLoopContainer", "KV cache": "transformers/cache_utils.py"}
     sources = {**sources, **ours}
     for name in options.phases:
@@ -276,7 +276,6 @@ def with_others(
     )  # fmt: skip
 
 
-OF_TRAINING = frozenset({"training", "evaluation", "saving", "generation"})  # in its process; others have their own
 FLAGS = {
     "loading": "the size of the model",
     "evaluation": "--per-device-eval-batch-size or --eval-examples",

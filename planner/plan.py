@@ -103,8 +103,8 @@ class Plan:
         holding = [fit.gpu.name for fit in self.gpus if fit.fits and not fit.lacks and fit.gpu.name in let]
         if not holding:
             return "no GPU that is let by the hour holds it"
-        if self.options.cpu_offload and self.options.parallel.startswith("zero"):
-            return f"{cost.untimed(self.options, '')}, and so no cost"
+        if self.options.steps_in_deepspeed:
+            return f"{cost.untimed(self.options, holding[0])}, and so no cost"
         largest = max(offer.gpu_count for offer in found if offer.gpu in holding)
         return f"what holds it is let with {largest} GPUs in one host at most; a file may have more (--prices)"
 

@@ -147,12 +147,11 @@ class Unit:
 
     def cast(self, ranks: int) -> int:
         """Bytes of the shards that are cast before they are gathered (_get_param_all_gather_inputs)."""
-        cast = (s for s in self.shares if s.gathered != s.dtype and not s.stays)
-        return sum(prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in cast)
+        return sum(prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if s.gathered != s.dtype)
 
     def whole(self, ranks: int) -> list[int]:
         """Bytes of each parameter as it comes out of an all-gather: every rank's padded slice."""
-        return [ranks * prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares if not s.stays]
+        return [ranks * prod(s.local(ranks)) * ITEMSIZE[s.gathered] for s in self.shares]
 
     def reduced(self, ranks: int) -> tuple[int, int]:
         """Elements of this rank's slices of all gradients, and bytes of an element in the trained weights' dtype."""

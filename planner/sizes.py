@@ -104,12 +104,13 @@ def offloaded(run: Run, num_gpus: int, host_gpus: int = HOST_GPUS) -> Component 
     )
 
 
-def gathered(weights: Component, states: Component, options: TrainingOptions) -> Component | None:
+def gathered(saved: tuple[Component, ...], options: TrainingOptions) -> Component | None:
     """Host memory that saving takes on the first rank of all, where what was sharded is put together again; else None.
 
     Under FSDP the weights, then the optimizer's states, one after the other; under ZeRO 3 an adapter alone, since
-    accelerate's zero3_save_16bit_model is off.
+    accelerate's zero3_save_16bit_model is off. `saved` is a checkpoint.
     """
+    weights, states = saved[0], saved[-1]
     if options.parallel == "fsdp":
         largest = max((weights, states), key=lambda part: part.bytes)
         return Component(
@@ -134,7 +135,21 @@ def checkpoint(architecture: Architecture, counts: ParameterCounts, options: Tra
     Under FSDP2 with FULL_STATE_DICT, the default, the weights are written a second time for resuming; DeepSpeed writes
     a folder of its own, in which the weights are once more, and of ZeRO 3 only in float32.
     """
-    weights = _weights(architecture, counts, options)
+    if options.lora:
+        weights = Component(
+            "adapter_model.safetensors",
+            counts.adapter_bytes,
+            f"{format_count(counts.trainable)} adapter weights and the file's header",
+            "peft/peft_model.py, save_pretrained",
+        )
+    else:
+        total, dtype = architecture.total_parameters, _held(options)
+        weights = Component(
+            "model.safetensors",
+            _safetensors(architecture, dtype, held=True),
+            f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
+            "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
+        )
     used = optimizer.get(options.optimizer)
     trained = list(_trained(architecture, counts, options))
     if options.parallel.startswith("zero"):
@@ -155,24 +170,6 @@ def checkpoint(architecture: Architecture, counts: ParameterCounts, options: Tra
         "accelerate/utils/fsdp_utils.py, save_fsdp_model",
     )
     return weights, again, states
-
-
-def _weights(architecture: Architecture, counts: ParameterCounts, options: TrainingOptions) -> Component:
-    """The file of the trained weights."""
-    if options.lora:
-        return Component(
-            "adapter_model.safetensors",
-            counts.adapter_bytes,
-            f"{format_count(counts.trainable)} adapter weights and the file's header",
-            "peft/peft_model.py, save_pretrained",
-        )
-    total, dtype = architecture.total_parameters, _held(options)
-    return Component(
-        "model.safetensors",
-        _safetensors(architecture, dtype, held=True),
-        f"{format_count(total)} weights x {ITEMSIZE[dtype]} B ({dtype}) and the file's header",
-        "transformers/trainer.py, _save; modeling_utils.py, save_pretrained",
-    )
 
 
 def _deepspeed(
@@ -228,7 +225,7 @@ def sizes(
         base, host = (replace(part, formula=part.formula + assumed) for part in (base, host))
     saved = checkpoint(architecture, counts, options)
     kept = None if run is None else offloaded(run, options.num_gpus, host_gpus)
-    put_together = gathered(_weights(architecture, counts, options), saved[-1], options)
+    put_together = gathered(saved, options)
     beside = [part for part in (host, kept, put_together) if part]
     return base, *beside, *saved, disk(base, saved, steps)
 

@@ -32,6 +32,7 @@ _KBIT = ("double_quant", "prepare_kbit")
 _SHARDING = ("reshard_after_forward", "cpu_offload")
 SHARING = ("num_gpus", "parallel", *_SHARDING)
 PHASES = ("loading", "training", "evaluation", "saving", "generation", "merging")
+OF_TRAINING = frozenset({"training", "evaluation", "saving", "generation"})  # in its process; others have their own
 # What belongs to a phase alone
 _OF_PHASES = {
     "evaluation": ("per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_examples"),
@@ -195,6 +196,11 @@ class TrainingOptions:
     def bitsandbytes(self) -> bool:
         """Whether the run quantises with bitsandbytes, or steps with its optimizer."""
         return self.method == "qlora" or optimizer.get(self.optimizer).implementation == "bnb"
+
+    @property
+    def steps_in_deepspeed(self) -> bool:
+        """Whether DeepSpeed's own optimizer steps, in host memory."""
+        return self.cpu_offload and self.parallel.startswith("zero")
 
     @property
     def target(self) -> str | list[str]:
@@ -518,7 +524,7 @@ def _refuse_zero(run: TrainingOptions) -> None:
             f"mixed_precision fp16 is not planned under {run.parallel}: DeepSpeed scales the loss by itself, and what "
             "its checks of the gradients take has not been recorded; choose --parallel fsdp, or bf16 if the GPU has it"
         )
-    if run.cpu_offload and run.optimizer not in ("adamw_torch", "adamw_torch_fused"):
+    if run.steps_in_deepspeed and run.optimizer not in ("adamw_torch", "adamw_torch_fused"):
         # accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed
         raise UsageError(
             f"optimizer {run.optimizer} is not what steps offloaded weights under {run.parallel}: accelerate puts "

@@ -129,7 +129,7 @@ class Bench:
         """Whether the run's tensors alone would find room; False also where there can be no such run."""
         try:
             options = self.options(asked)
-            return "training" not in options.phases or self._peak(options) <= self._room_bytes(options)
+            return self._peak(options) <= self._room_bytes(options)
         except UsageError:
             return False
 
@@ -169,7 +169,7 @@ class Bench:
         try:
             options = self.options(asked)
             room_bytes = self._room_bytes(options)
-            if not closely and "training" in options.phases and self._peak(options) > room_bytes:
+            if not closely and self._peak(options) > room_bytes:
                 needed = self._peak(options) + self.gpu.budget_bytes - room_bytes
                 return Trial(options, fit_on(self.gpu, needed, abilities(options)))
             played = self._replay(options)
@@ -200,6 +200,9 @@ class Bench:
         return self.room_bytes - nccl_bytes(options.num_gpus, options.parallel)[0]
 
     def _peak(self, options: TrainingOptions) -> int:
+        """Of training; 0 where that is not asked for."""
+        if "training" not in options.phases:
+            return 0
         if options not in self._peaks:
             shared = options.num_gpus > 1  # whose events are the quickest way to it, and are asked for next
             found = steady_peak(*self._seen(options)) if shared else peak_bytes(self._run(options))

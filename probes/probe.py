@@ -25,7 +25,7 @@ from vramplan.planner import calibration, memory
 from vramplan.planner.errors import Failure, UsageError, reason, shown
 from vramplan.planner.plan import plan
 from vramplan.planner.stack import parse_stack
-from vramplan.planner.training import parse_options, refuse_phases
+from vramplan.planner.training import SHARING, parse_options, refuse_phases
 from vramplan.planner.units import MIB, format_gib, parse_size
 from vramplan.probes import probe_cases, probe_gpu, ranks
 from vramplan.probes.probe_cases import Case, Machine
@@ -607,7 +607,7 @@ def _refuse(
         if boundary is not None or snapshot:
             what = "--snapshot" if boundary is None else "--boundary"
             raise UsageError(f"{what} is about one plan; name its model (MODEL)")
-        if others := [name for name in options if name not in probe_cases.SHARING]:
+        if others := [name for name in options if name not in SHARING]:
             first = others[0].replace("_", "-")
             raise UsageError(f"--{first} is about one plan; name its model (MODEL), or leave it out to calibrate")
         if quick and full:

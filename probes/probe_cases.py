@@ -31,7 +31,6 @@ TOKEN_STEP = 64  # of a boundary over seq_len
 _MOST_BATCH, _MOST_TOKENS = 100_000, 2**20
 # Options that say nothing of what the GPU holds.
 _NOT_MEASURED = ("examples", "tokens_per_example", "epochs", "phases")
-SHARING = ("num_gpus", "parallel", "reshard_after_forward", "cpu_offload")  # options that say how GPUs share a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +174,8 @@ def case_of(model: Any, options: Mapping[str, Any], machine: Machine, limit_byte
 def bundled(*, grid: bool, sharing: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table's runs, each a model and options.
 
-    With options of `SHARING` they are those for several GPUs, shared so; of the grid's, those that are shared so.
-    Raises UsageError where none of the grid's is.
+    With options of `training.SHARING` they are those for several GPUs, shared so; of the grid's, those that are shared
+    so. Raises UsageError where none of the grid's is.
     """
     if sharing:
         return _of_several(sharing, grid=grid)

@@ -87,12 +87,15 @@ MEANS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "means"), MEANS)
-def test_what_accelerates_keys_mean(values: dict[str, Any], means: dict[str, Any]) -> None:
-    reading = accelerated(values)
+def says(reading: Reading, means: dict[str, Any]) -> None:
     assert {name: reading.options.get(name) for name in means} == means
     assert not reading.refused
     assert not reading.unknown
+
+
+@pytest.mark.parametrize(("values", "means"), MEANS)
+def test_what_accelerates_keys_mean(values: dict[str, Any], means: dict[str, Any]) -> None:
+    says(accelerated(values), means)
 
 
 def test_every_option_names_the_nested_key_that_it_is_from() -> None:
@@ -308,10 +311,7 @@ CONFIGURED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("values", "means"), CONFIGURED)
 def test_what_deepspeeds_keys_mean(values: dict[str, Any], means: dict[str, Any]) -> None:
-    reading = configured(values)
-    assert {name: reading.options.get(name) for name in means} == means
-    assert not reading.refused
-    assert not reading.unknown
+    says(configured(values), means)
 
 
 @pytest.mark.parametrize(
